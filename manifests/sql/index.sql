@@ -1,0 +1,9 @@
+-- The index that a sweep reads. Not in a transaction: CONCURRENTLY lets the application go on writing.
+--
+-- When this is interrupted it leaves an invalid index, which IF NOT EXISTS takes for the real one. This must say t:
+--     SELECT indisvalid FROM pg_index WHERE indexrelid = 'audit_log_incomplete_by_time_started'::regclass;
+-- If it says f, run this first:
+--     DROP INDEX CONCURRENTLY audit_log_incomplete_by_time_started;
+
+CREATE INDEX CONCURRENTLY IF NOT EXISTS audit_log_incomplete_by_time_started
+    ON audit_log (time_started, id) WHERE time_completed IS NULL;

@@ -1,0 +1,321 @@
+//! What users write. The doc comments here are their manual: `kubectl explain als.spec` prints them.
+
+// The typed printcolumn(...) attributes are taken for repetitions of each other.
+#![allow(clippy::duplicated_attributes)]
+
+use kube::core::cel::Rule;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::duration::{Duration, at_most, between};
+use super::status::AuditLogSweeperStatus;
+
+/// Sweeps one table: completes rows that a crash left open.
+///
+/// Every `period`, at most `limit` rows that started more than `timeout` ago and are still incomplete are completed,
+/// oldest first. A row that is complete is never touched.
+#[derive(CustomResource, KubeSchema, Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[kube(
+    group = "auditlog.dev",
+    version = "v1alpha1",
+    kind = "AuditLogSweeper",
+    plural = "auditlogsweepers",
+    singular = "auditlogsweeper",
+    shortname = "als",
+    namespaced,
+    status = "AuditLogSweeperStatus",
+    derive = "PartialEq",
+    doc = "Sweeps an audit log kept in a PostgreSQL table: every period, it completes rows that started more than timeout ago and were never completed, at most limit of them, oldest first. It never touches a row that is complete.",
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].status",
+        description = "Whether the last attempt to do what the spec says went well"
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason",
+        description = "Why"
+    ),
+    printcolumn(
+        name = "Last Success",
+        type_ = "date",
+        json_path = ".status.lastSuccessfulTime",
+        description = "How long ago a sweep last ended without an error"
+    ),
+    printcolumn(
+        name = "Timed Out",
+        type_ = "integer",
+        json_path = ".status.lastSweep.timedOut",
+        description = "Rows that the last sweep completed"
+    ),
+    printcolumn(
+        name = "Backlog",
+        type_ = "string",
+        json_path = ".status.backlog.display",
+        description = "Stale rows still open after the last sweep"
+    ),
+    printcolumn(
+        name = "Next Sweep",
+        type_ = "string",
+        json_path = ".status.nextScheduleTime",
+        description = "When the next sweep is due"
+    ),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Period", type_ = "string", json_path = ".spec.period", priority = 1),
+    printcolumn(name = "Timeout", type_ = "string", json_path = ".spec.timeout", priority = 1),
+    printcolumn(name = "Limit", type_ = "integer", json_path = ".spec.limit", priority = 1),
+    printcolumn(name = "Suspended", type_ = "boolean", json_path = ".spec.suspend", priority = 1),
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].message",
+        priority = 1
+    )
+)]
+#[x_kube(
+    validation = Rule::new(at_most("statementTimeout", "deadline"))
+        .message("statementTimeout must not be longer than deadline")
+        .field_path(".statementTimeout"),
+    validation = Rule::new("self.columns.id != self.columns.timeStarted && self.columns.id != self.columns.timeCompleted && self.columns.timeStarted != self.columns.timeCompleted")
+        .message("id, timeStarted and timeCompleted must be three different columns")
+        .field_path(".columns"),
+    validation = Rule::new("self.complete.all(c, c.column != self.columns.id && c.column != self.columns.timeStarted && c.column != self.columns.timeCompleted)")
+        .message("must not name the id, timeStarted or timeCompleted column: timeCompleted is always set, the others never")
+        .field_path(".complete")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct AuditLogSweeperSpec {
+    /// The PostgreSQL database that holds the table, and how to connect to it.
+    pub database: Database,
+
+    /// Schema of the table. Literal: taken as it stands in the catalog, never folded to lower case or split at dots.
+    #[serde(default = "default_schema")]
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = identifier())]
+    pub schema: String,
+
+    /// Name of the table. Literal, as `schema`.
+    #[serde(default = "default_table")]
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = identifier())]
+    pub table: String,
+
+    /// Names of the three columns that every sweep reads.
+    #[serde(default)]
+    pub columns: Columns,
+
+    /// What is written into a row besides its completion time. Each item sets one column. The default is
+    /// `result_kind = 'timeout'`; an empty list sets the completion time alone.
+    #[serde(default = "default_complete")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "atomic"))]
+    #[x_kube(validation = Rule::new("self.all(a, self.exists_one(b, b.column == a.column))").message("must not name a column twice"))]
+    pub complete: Vec<Completion>,
+
+    /// How often to sweep: from 5s to 8760h. Times lie on a grid that is fixed for each object, so many sweepers do
+    /// not fire together and a restart changes nothing.
+    #[serde(default = "default_period")]
+    #[x_kube(validation = between("5s", "8760h"))]
+    pub period: Duration,
+
+    /// How old an incomplete row must be to be completed: from 1m to 87600h, judged by the database's clock. Choose it
+    /// longer than the longest request. It is not the time that a statement may take: that is `statementTimeout`.
+    #[serde(default = "default_timeout")]
+    #[x_kube(validation = between("1m", "87600h"))]
+    pub timeout: Duration,
+
+    /// The most rows that one sweep completes, its retries included. What is left over waits for the next sweep.
+    #[serde(default = "default_limit")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub limit: i32,
+
+    /// The most rows completed in one transaction. A sweep of more rows takes several.
+    #[serde(default = "default_batch_size")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub batch_size: i32,
+
+    /// The longest that a statement may take before the server ends it: from 100ms to 1h, and not above `deadline`.
+    #[serde(default = "default_statement_timeout")]
+    #[x_kube(validation = between("100ms", "1h"))]
+    pub statement_timeout: Duration,
+
+    /// The longest that a whole sweep may take: from 1s to 24h. What it has done by then stays done, and the next sweep
+    /// goes on.
+    #[serde(default = "default_deadline")]
+    #[x_kube(validation = between("1s", "24h"))]
+    pub deadline: Duration,
+
+    /// Set to true to begin no new sweep until it is false again. The condition `Suspended` acknowledges it.
+    #[serde(default)]
+    pub suspend: bool,
+}
+
+/// The database and how to connect to it.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Database {
+    /// The Secret, in the same namespace, that says where the database is and who to be there. It is read afresh for
+    /// every sweep, so a rotated password needs nothing more.
+    pub secret_ref: SecretKeyRef,
+
+    /// How the connection is secured. Absent: as the URI's sslmode says (allow and prefer count as require), and where
+    /// it says nothing, VerifyFull.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<Tls>,
+}
+
+/// A Secret in the namespace of the object.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretKeyRef {
+    /// Name of the Secret.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+
+    /// The key that holds the connection URI. Absent: the first of `fqdn-uri` and `uri` that is there, else the URI is
+    /// made of the keys `host`, `port`, `dbname`, `user` (or `username`) and `password`, as in the Secrets that
+    /// CloudNativePG and Crunchy Postgres make.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub key: Option<String>,
+}
+
+/// How the connection is secured.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Tls {
+    /// With the meanings of libpq's sslmode. Disable: no encryption. Require: encrypted, the server is not verified.
+    /// VerifyCA: its certificate is from a trusted CA. VerifyFull: and is for the host connected to. It wins over the
+    /// sslmode in the URI.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<TlsMode>,
+
+    /// The Secret, in the same namespace, that holds the CA to trust, as PEM. Absent: the public CAs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<CaSecretRef>,
+}
+
+/// How far the server is verified; libpq's meanings.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum TlsMode {
+    Disable,
+    Require,
+    VerifyCA,
+    VerifyFull,
+}
+
+/// A Secret with the certificate of a CA.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CaSecretRef {
+    /// Name of the Secret. Its key `ca.crt` holds one or more certificates as PEM.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+}
+
+/// Names of the columns that every sweep reads. Literal, as `schema`.
+#[derive(KubeSchema, Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Columns {
+    /// The key of a row: a column of type uuid, bigint or text.
+    #[serde(default = "default_id")]
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = identifier())]
+    pub id: String,
+
+    /// When the request started: a timestamptz column, never NULL.
+    #[serde(default = "default_time_started")]
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = identifier())]
+    pub time_started: String,
+
+    /// When the request was completed: a timestamptz column, NULL in a row that is still open.
+    #[serde(default = "default_time_completed")]
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = identifier())]
+    pub time_completed: String,
+}
+
+impl Default for Columns {
+    fn default() -> Self {
+        Self { id: default_id(), time_started: default_time_started(), time_completed: default_time_completed() }
+    }
+}
+
+/// One column that a sweep sets in the rows it completes.
+#[derive(KubeSchema, Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[x_kube(validation = Rule::new("has(self.value) ? !has(self.setNull) : has(self.setNull) && self.setNull")
+    .message("must have exactly one of value (a string: quote numbers) and setNull: true"))]
+#[serde(rename_all = "camelCase")]
+pub struct Completion {
+    /// Name of the column. Literal, as `schema`.
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = identifier())]
+    pub column: String,
+
+    /// The value to set, as a string; the database converts it to the column's type. Quote numbers: `"500"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024))]
+    #[x_kube(validation = Rule::new("!self.contains('\\u0000')").message("must not contain a NUL character"))]
+    pub value: Option<String>,
+
+    /// true: set the column to NULL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set_null: Option<bool>,
+}
+
+/// PostgreSQL cuts a longer name off and would then mean another table or column.
+fn identifier() -> Rule {
+    Rule::new("size(bytes(self)) <= 63 && !self.contains('\\u0000')")
+        .message("must be a name of at most 63 bytes, without a NUL character")
+}
+
+fn default_schema() -> String {
+    "public".into()
+}
+
+fn default_table() -> String {
+    "audit_log".into()
+}
+
+fn default_id() -> String {
+    "id".into()
+}
+
+fn default_time_started() -> String {
+    "time_started".into()
+}
+
+fn default_time_completed() -> String {
+    "time_completed".into()
+}
+
+fn default_complete() -> Vec<Completion> {
+    vec![Completion { column: "result_kind".into(), value: Some("timeout".into()), set_null: None }]
+}
+
+const fn default_period() -> Duration {
+    Duration::from_mins(10)
+}
+
+const fn default_timeout() -> Duration {
+    Duration::from_mins(4 * 60)
+}
+
+const fn default_limit() -> i32 {
+    1000
+}
+
+const fn default_batch_size() -> i32 {
+    1000
+}
+
+const fn default_statement_timeout() -> Duration {
+    Duration::from_millis(30_000)
+}
+
+const fn default_deadline() -> Duration {
+    Duration::from_mins(5)
+}

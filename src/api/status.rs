@@ -1,0 +1,200 @@
+//! What users read: the status subresource. Every string has a bound here, and the setters cut to it.
+
+use chrono::{DateTime, SubsecRound, Utc};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Reason, cut};
+
+/// The most bytes that a message in the status may have.
+pub const MAX_MESSAGE: usize = 1024;
+
+/// What the operator last saw and did. Times are whole seconds.
+#[derive(KubeSchema, Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AuditLogSweeperStatus {
+    /// The generation of the spec that the rest of the status is about; -1: no operator has seen the object yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+
+    /// Ready, DatabaseReachable, BacklogBounded and Suspended always; Reconciling and Stalled only while they are true.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    #[schemars(length(max = 16))]
+    pub conditions: Vec<Condition>,
+
+    /// The slot of the schedule that the last sweep was for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_schedule_time: Option<DateTime<Utc>>,
+
+    /// When the last attempt at a sweep began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_attempt_time: Option<DateTime<Utc>>,
+
+    /// When a sweep last ended without an error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_successful_time: Option<DateTime<Utc>>,
+
+    /// When an attempt last ended with an error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_failure_time: Option<DateTime<Utc>>,
+
+    /// When the next sweep, or the next retry, is due.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_schedule_time: Option<DateTime<Utc>>,
+
+    /// The last sweep. A retry continues the sweep of its slot and adds to its counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_sweep: Option<LastSweep>,
+
+    /// Stale rows that were still open after the last sweep.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backlog: Option<Backlog>,
+
+    /// Sums over the life of the object. Best effort: a crash between a sweep and its status write loses that sweep's
+    /// counts here. The table itself is always right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub totals: Option<Totals>,
+
+    /// Attempts that failed since the last one that did not.
+    #[serde(default)]
+    pub consecutive_failures: i32,
+
+    /// The last error. It stays after recovery, with its time; the condition Ready tells whether it still holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<LastError>,
+}
+
+/// One sweep, its retries included.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LastSweep {
+    /// The slot of the schedule.
+    pub schedule_time: DateTime<Utc>,
+    /// When the last attempt began.
+    pub start_time: DateTime<Utc>,
+    /// How long the last attempt took.
+    pub duration_milliseconds: i64,
+    /// What caused the sweep.
+    pub trigger: Trigger,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Attempts made for this slot.
+    pub attempts: i32,
+    /// Rows that started before this time were stale: the database's clock when the attempt began, less the timeout.
+    /// Absent when the database was not reached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cutoff: Option<DateTime<Utc>>,
+    /// The limit that was in force.
+    pub limit: i32,
+    /// Rows completed.
+    pub timed_out: i64,
+    /// Rows that the database was too busy to complete, left for a later sweep.
+    pub skipped: i64,
+    /// Rows whose update a trigger of the table suppressed.
+    pub suppressed: i64,
+    /// Rows of a batch whose COMMIT got no answer and could not be looked up afterwards; not in timedOut.
+    pub uncertain: i64,
+    /// Transactions committed.
+    pub batches: i64,
+}
+
+/// What caused a sweep. Schedule: its slot came. Create: the object is new. Command: someone ran `sweep`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum Trigger {
+    Schedule,
+    Create,
+    Command,
+}
+
+/// How a sweep ended. Drained: no stale row was left. LimitReached: the limit was. DeadlineReached: the deadline was.
+/// Stopped: the operator was. Failed: lastError says why; it is retried.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum Outcome {
+    Drained,
+    LimitReached,
+    DeadlineReached,
+    Stopped,
+    Failed,
+}
+
+/// Stale rows still open, counted up to a bound.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Backlog {
+    /// Rows counted.
+    pub remaining: i64,
+    /// Whether counting stopped at the bound, so that there may be more.
+    pub at_least: bool,
+    /// The same for people: `0`, `17` or `>1000`.
+    #[schemars(length(max = 32))]
+    pub display: String,
+    /// When the oldest of them started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oldest_time_started: Option<DateTime<Utc>>,
+}
+
+impl Backlog {
+    /// The backlog where `counted` rows were found while looking for at most `bound + 1`.
+    pub fn new(counted: i64, bound: i64, oldest_time_started: Option<DateTime<Utc>>) -> Self {
+        let at_least = counted > bound;
+        let remaining = counted.min(bound);
+        let display = if at_least { format!(">{remaining}") } else { remaining.to_string() };
+        Self { remaining, at_least, display, oldest_time_started }
+    }
+}
+
+/// Sums over the life of the object.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Totals {
+    /// Attempts at a sweep.
+    pub sweeps: i64,
+    /// Attempts that failed.
+    pub failures: i64,
+    /// Rows completed.
+    pub timed_out: i64,
+}
+
+/// An error, with what to do about it.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LastError {
+    /// The kind of error, as in the conditions.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// What went wrong and what to do; the whole chain of causes, with the SQLSTATE where there is one.
+    #[schemars(length(max = 1024))]
+    pub message: String,
+    /// When it happened.
+    pub time: DateTime<Utc>,
+}
+
+impl LastError {
+    /// An error at `now`, its message cut to the bound.
+    pub fn new(reason: Reason, message: &str, now: DateTime<Utc>) -> Self {
+        Self { reason: reason.as_str().into(), message: cut(message, MAX_MESSAGE).into(), time: whole_seconds(now) }
+    }
+}
+
+/// Status times are whole seconds, as everywhere in Kubernetes.
+pub fn whole_seconds(time: DateTime<Utc>) -> DateTime<Utc> {
+    time.trunc_subsecs(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backlog_displays_what_was_counted() {
+        let display = |counted| Backlog::new(counted, 1000, None).display;
+        assert_eq!(display(0), "0");
+        assert_eq!(display(17), "17");
+        assert_eq!(display(1000), "1000");
+        assert_eq!(display(1001), ">1000");
+        assert_eq!(Backlog::new(1001, 1000, None).remaining, 1000);
+    }
+}

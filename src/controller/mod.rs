@@ -1,0 +1,88 @@
+//! The controller: drives each object through five steps, and decides nothing itself.
+//!
+//! `resolve` (fetches the object and its Secrets) -> `decide` (pure: what is due) -> the sweep or a preflight ->
+//! `outcome` (pure: the status that follows) -> `publish` (writes it). What must outlive a reconcile but not the
+//! process is in `memory`.
+
+pub mod decide;
+pub mod memory;
+pub mod outcome;
+pub mod publish;
+pub mod reconcile;
+pub mod resolve;
+
+use std::sync::Arc;
+
+use futures::StreamExt;
+use kube::core::DeserializeGuard;
+use kube::runtime::{Controller, watcher};
+use kube::{Api, Client};
+use rustls::RootCertStore;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::api::AuditLogSweeper;
+use crate::sweep::error::chain;
+use crate::telemetry::http::Readiness;
+use memory::Memories;
+
+/// What is set at start.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The namespace to work in; None: all of them.
+    pub namespace: Option<String>,
+    /// The most sweeps at once.
+    pub max_concurrent_sweeps: usize,
+    /// The CAs to trust where a spec names none.
+    pub default_roots: Arc<RootCertStore>,
+}
+
+/// What every reconcile shares.
+pub struct Context {
+    client: Client,
+    settings: Settings,
+    memories: Memories,
+    sweeps: Semaphore,
+    stop: CancellationToken,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// Works until `stop`: then running sweeps end, their counts are published, and it returns.
+pub async fn run(client: Client, settings: Settings, readiness: Readiness, stop: CancellationToken) {
+    let objects: Api<DeserializeGuard<AuditLogSweeper>> = match &settings.namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    };
+    let sweeps = Semaphore::new(settings.max_concurrent_sweeps);
+    let context = Arc::new(Context { client, settings, memories: Memories::default(), sweeps, stop: stop.clone() });
+    let controller = Controller::new(objects, watcher::Config::default());
+    let store = controller.store();
+    let ready = async {
+        if store.wait_until_ready().await.is_ok() {
+            info!("watching");
+            readiness.set(None);
+        }
+        std::future::pending::<()>().await;
+    };
+    let controlled = controller
+        .graceful_shutdown_on(stop.cancelled_owned())
+        .run(reconcile::reconcile, |_, error, _| match *error {}, context.clone())
+        .for_each(|result| {
+            // Reconciles do not fail; what comes here is the watch: a missing CRD, a right that is missing.
+            if let Err(error) = result {
+                warn!(error = chain(&error), "cannot watch AuditLogSweepers; trying again");
+            }
+            context.memories.retain(&store.state());
+            futures::future::ready(())
+        });
+    tokio::select! {
+        () = controlled => {}
+        () = ready => {}
+    }
+}

@@ -1,0 +1,105 @@
+//! Fifth step: writes the status. Needs a client; what it writes was computed in `outcome`.
+
+use std::fmt::Debug;
+
+use chrono::{DateTime, Utc};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
+use kube::core::error_boundary::InvalidObject;
+use kube::core::{DeserializeGuard, NamespaceResourceScope};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::outcome::{self, Subject, Update};
+use super::resolve::{ApiError, object, within};
+use crate::api::conditions::ConditionType;
+use crate::api::{AuditLogSweeper, AuditLogSweeperStatus};
+
+/// The name under which the operator owns the fields of the status.
+const MANAGER: &str = "audit-log-sweeper";
+
+/// So often a write is tried on top of what others wrote meanwhile.
+const ATTEMPTS: u32 = 5;
+
+/// Writes the status that follows from `update` onto `base`, or onto what is there by now. None: the object is gone,
+/// or another one has its name.
+///
+/// # Errors
+/// When the API did not take it; nothing is lost by trying again later.
+pub async fn publish(
+    client: &Client,
+    base: &AuditLogSweeper,
+    subject: &Subject,
+    update: &Update,
+    now: DateTime<Utc>,
+) -> Result<Option<AuditLogSweeper>, ApiError> {
+    let namespace = base.namespace().unwrap_or_default();
+    let mut base = base.clone();
+    for _ in 0..ATTEMPTS {
+        let old = base.status.clone().unwrap_or_default();
+        // Someone else's later attempt stands; only the sums take ours in. A time in the future is no attempt's.
+        let later = |start| old.last_attempt_time.is_some_and(|last| start < last && last <= now);
+        let overtaken = update.start().is_some_and(later);
+        let new = if overtaken { update.apply_totals(&old) } else { update.apply(subject, &old) };
+        if same(&old, &new) {
+            return Ok(Some(base));
+        }
+        match patch::<AuditLogSweeper>(client, &base.metadata, &json!(new)).await {
+            Ok(written) => return Ok(Some(written)),
+            Err(error) if error.code() == Some(404) => return Ok(None),
+            Err(error) if error.code() == Some(409) => {}
+            Err(error) => return Err(error),
+        }
+        match object(client, &namespace, &base.name_any()).await? {
+            Some(DeserializeGuard(Ok(now))) if now.uid().as_deref() == Some(&subject.uid) => base = now,
+            // Gone, replaced, or unreadable by now: there is nothing to write onto.
+            _ => return Ok(None),
+        }
+    }
+    Err(ApiError::Timeout)
+}
+
+/// Server-side apply with the resourceVersion: without it, a write for an object that is gone would land on a new one
+/// of the same name.
+async fn patch<K>(client: &Client, meta: &ObjectMeta, status: &Value) -> Result<K, ApiError>
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
+{
+    let api: Api<K> = Api::namespaced(client.clone(), meta.namespace.as_deref().unwrap_or_default());
+    let name = meta.name.as_deref().unwrap_or_default();
+    let body = json!({
+        "apiVersion": K::api_version(&()),
+        "kind": K::kind(&()),
+        "metadata": { "name": name, "resourceVersion": meta.resource_version },
+        "status": status,
+    });
+    within(api.patch_status(name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&body))).await
+}
+
+/// Whether a write would change nothing of ours. Conditions that others set are not ours.
+fn same(old: &AuditLogSweeperStatus, new: &AuditLogSweeperStatus) -> bool {
+    let mut old = old.clone();
+    old.conditions.retain(|c| ConditionType::ALL.iter().any(|ours| ours.as_str() == c.type_));
+    old == *new
+}
+
+/// Says of an object that cannot be read what is wrong with it.
+///
+/// # Errors
+/// When the API did not take it.
+pub async fn publish_invalid(client: &Client, invalid: &InvalidObject, now: DateTime<Utc>) -> Result<(), ApiError> {
+    let meta = &invalid.metadata;
+    let namespace = meta.namespace.as_deref().unwrap_or_default();
+    let kind = ApiResource::erase::<AuditLogSweeper>(&());
+    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &kind);
+    let Some(object) = within(api.get_opt(meta.name.as_deref().unwrap_or_default())).await? else { return Ok(()) };
+    let old = object.data.get("status").cloned().unwrap_or_default();
+    let old: AuditLogSweeperStatus = serde_json::from_value(old).unwrap_or_default();
+    let generation = object.metadata.generation.unwrap_or_default();
+    let new = outcome::invalid(&old, generation, &invalid.error, now);
+    if same(&old, &new) {
+        return Ok(());
+    }
+    patch::<DeserializeGuard<AuditLogSweeper>>(client, &object.metadata, &json!(new)).await.map(drop)
+}

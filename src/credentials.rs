@@ -1,0 +1,190 @@
+//! From the keys of a Secret to what the sweep connects with. Pure; the controller and the CLI both come through here.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use k8s_openapi::ByteString;
+
+use crate::api::Reason;
+
+/// The key that holds the CA in a Secret named by `caSecretRef`.
+pub const CA_KEY: &str = "ca.crt";
+
+/// The data of a Secret.
+pub type SecretData = BTreeMap<String, ByteString>;
+
+/// A connection URI. It holds a password, so it has no Display, and its Debug shows nothing.
+#[derive(Clone)]
+pub struct ConnectionUri(String);
+
+impl ConnectionUri {
+    /// Takes a URI as it stands, but for white space around it: a Secret made from a file ends in a newline.
+    pub fn new(uri: &str) -> Self {
+        Self(uri.trim().to_owned())
+    }
+
+    /// The secret itself. Only the code that connects may ask for it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for ConnectionUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ConnectionUri([redacted])")
+    }
+}
+
+/// A Secret that is there and does not hold what is needed.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialsError {
+    #[error("Secret {secret} has no key {key}; its keys are: {present}")]
+    MissingKey { secret: String, key: String, present: String },
+    #[error(
+        "Secret {secret} has none of the keys fqdn-uri, uri, or host with dbname, user and password; its keys are: \
+         {present}. Name the key that holds the connection URI in spec.database.secretRef.key"
+    )]
+    NoKnownKey { secret: String, present: String },
+    #[error("key {key} of Secret {secret} is not text")]
+    NotText { secret: String, key: String },
+}
+
+impl CredentialsError {
+    /// The reason for the condition.
+    pub const fn reason(&self) -> Reason {
+        match self {
+            Self::MissingKey { .. } | Self::NoKnownKey { .. } => Reason::SecretKeyMissing,
+            Self::NotText { .. } => Reason::InvalidConnectionURI,
+        }
+    }
+}
+
+/// The connection URI in the Secret `name` of `namespace`: under `key` if that is given, else under the keys that
+/// operators for PostgreSQL use.
+///
+/// # Errors
+/// When a key is missing or is not text.
+pub fn uri(
+    data: &SecretData,
+    namespace: &str,
+    name: &str,
+    key: Option<&str>,
+) -> Result<ConnectionUri, CredentialsError> {
+    if let Some(key) = key {
+        return text(data, name, key)?.map(ConnectionUri::new).ok_or_else(|| missing(data, name, key));
+    }
+    for key in ["fqdn-uri", "uri"] {
+        if let Some(uri) = text(data, name, key)? {
+            return Ok(ConnectionUri::new(uri));
+        }
+    }
+    let Some(host) = text(data, name, "host")? else {
+        return Err(CredentialsError::NoKnownKey { secret: name.into(), present: keys(data) });
+    };
+    let user = match text(data, name, "user")? {
+        Some(user) => user,
+        None => text(data, name, "username")?.ok_or_else(|| missing(data, name, "user"))?,
+    };
+    let required = |key| text(data, name, key)?.ok_or_else(|| missing(data, name, key));
+    let (dbname, password) = (required("dbname")?, required("password")?);
+    let port = text(data, name, "port")?.unwrap_or("5432");
+    let host = host.trim();
+    // A name without a dot is a Service of the Secret's own namespace.
+    let host =
+        if host == "localhost" || host.contains(['.', ':']) { host.to_owned() } else { format!("{host}.{namespace}") };
+    let [user, password, dbname] = [user, password, dbname].map(|part| encode(part.trim_end_matches(['\r', '\n'])));
+    Ok(ConnectionUri::new(&format!("postgresql://{user}:{password}@{}:{}/{dbname}", bracketed(&host), port.trim())))
+}
+
+/// The CA in the Secret `name`, as PEM.
+///
+/// # Errors
+/// When the key `ca.crt` is missing.
+pub fn ca(data: &SecretData, name: &str) -> Result<Vec<u8>, CredentialsError> {
+    data.get(CA_KEY).map(|pem| pem.0.clone()).ok_or_else(|| missing(data, name, CA_KEY))
+}
+
+fn text<'a>(data: &'a SecretData, secret: &str, key: &str) -> Result<Option<&'a str>, CredentialsError> {
+    data.get(key)
+        .map(|bytes| std::str::from_utf8(&bytes.0))
+        .transpose()
+        .map_err(|_| CredentialsError::NotText { secret: secret.into(), key: key.into() })
+}
+
+fn missing(data: &SecretData, secret: &str, key: &str) -> CredentialsError {
+    CredentialsError::MissingKey { secret: secret.into(), key: key.into(), present: keys(data) }
+}
+
+/// The names of the keys there are, to find a typo by. Names only.
+fn keys(data: &SecretData) -> String {
+    if data.is_empty() {
+        return "(none)".into();
+    }
+    data.keys().take(20).cloned().collect::<Vec<_>>().join(", ")
+}
+
+/// An IPv6 address in a URI stands in brackets.
+fn bracketed(host: &str) -> String {
+    if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() }
+}
+
+/// Percent-encodes all but the unreserved characters of RFC 3986.
+fn encode(part: &str) -> String {
+    part.bytes()
+        .map(|byte| match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+            _ => format!("%{byte:02X}"),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data(pairs: &[(&str, &str)]) -> SecretData {
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), ByteString(v.as_bytes().to_vec()))).collect()
+    }
+
+    fn found(pairs: &[(&str, &str)], key: Option<&str>) -> String {
+        uri(&data(pairs), "ns", "db", key).unwrap().expose().to_owned()
+    }
+
+    #[test]
+    fn a_named_key_wins_then_the_keys_of_operators() {
+        let all = [("dsn", "postgresql://a\n"), ("fqdn-uri", "postgresql://b"), ("uri", "postgresql://c")];
+        assert_eq!(found(&all, Some("dsn")), "postgresql://a");
+        assert_eq!(found(&all, None), "postgresql://b");
+        assert_eq!(found(&all[2..], None), "postgresql://c");
+    }
+
+    #[test]
+    fn single_keys_make_a_uri_with_everything_encoded() {
+        let crunchy = [
+            ("host", "hippo-primary.db.svc"),
+            ("port", "5433"),
+            ("dbname", "a b"),
+            ("user", "u@x"),
+            ("password", "p:/?#[]@!% ä"),
+        ];
+        assert_eq!(
+            found(&crunchy, None),
+            "postgresql://u%40x:p%3A%2F%3F%23%5B%5D%40%21%25%20%C3%A4@hippo-primary.db.svc:5433/a%20b"
+        );
+        let cnpg = [("host", "app-rw"), ("dbname", "app"), ("username", "app"), ("password", "x")];
+        assert_eq!(found(&cnpg, None), "postgresql://app:x@app-rw.ns:5432/app");
+        let six = [("host", "fd00::1"), ("dbname", "app"), ("user", "app"), ("password", "x")];
+        assert_eq!(found(&six, None), "postgresql://app:x@[fd00::1]:5432/app");
+    }
+
+    #[test]
+    fn errors_name_the_keys_that_are_there_and_no_value() {
+        let secret = data(&[("url", "postgresql://u:hunter2@h/d")]);
+        let error = uri(&secret, "ns", "db", Some("uri")).unwrap_err();
+        assert_eq!(error.reason(), Reason::SecretKeyMissing);
+        assert_eq!(error.to_string(), "Secret db has no key uri; its keys are: url");
+        let error = uri(&secret, "ns", "db", None).unwrap_err().to_string();
+        assert!(error.contains("spec.database.secretRef.key") && !error.contains("hunter2"), "{error}");
+        assert!(!format!("{:?}", ConnectionUri::new("postgresql://u:hunter2@h/d")).contains("hunter2"));
+    }
+}

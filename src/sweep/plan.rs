@@ -1,0 +1,118 @@
+//! First step of a sweep: a spec becomes a plan, in which every name and value is already quoted for SQL.
+
+use std::time::Duration;
+
+use postgres_protocol::escape::{escape_identifier, escape_literal};
+
+use super::Error;
+use crate::api::AuditLogSweeperSpec;
+
+/// At most this many stale rows are counted for the backlog, and one more to tell "more than".
+const MAX_BACKLOG: i64 = 10_000;
+
+/// What to sweep, quoted, and how far to go. Made only of a spec; needs no database.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Schema and table, quoted.
+    pub table: String,
+    /// The key column, quoted.
+    pub id: String,
+    /// The column of the start time, quoted.
+    pub time_started: String,
+    /// The column of the completion time, quoted.
+    pub time_completed: String,
+    /// `, "column" = 'value'` for each further column to set.
+    pub assignments: String,
+    /// How old an incomplete row must be.
+    pub timeout: Duration,
+    /// The most rows that one sweep completes.
+    pub limit: i64,
+    /// The most rows in one transaction.
+    pub batch_size: i64,
+    /// The longest that a statement may take.
+    pub statement_timeout: Duration,
+    /// The longest that the sweep may take.
+    pub deadline: Duration,
+}
+
+impl Plan {
+    /// The plan of a spec.
+    ///
+    /// # Errors
+    /// When an item of `complete` says neither what value to set nor to set NULL: a NULL is never guessed.
+    pub fn new(spec: &AuditLogSweeperSpec) -> Result<Self, Error> {
+        let mut assignments = String::new();
+        for set in &spec.complete {
+            let value = match (&set.value, set.set_null) {
+                (Some(value), _) => literal(value),
+                (None, Some(true)) => "NULL".into(),
+                (None, _) => return Err(Error::Spec("an item of spec.complete has neither value nor setNull: true")),
+            };
+            assignments.push_str(&format!(", {} = {value}", escape_identifier(&set.column)));
+        }
+        Ok(Self {
+            table: format!("{}.{}", escape_identifier(&spec.schema), escape_identifier(&spec.table)),
+            id: escape_identifier(&spec.columns.id),
+            time_started: escape_identifier(&spec.columns.time_started),
+            time_completed: escape_identifier(&spec.columns.time_completed),
+            assignments,
+            timeout: spec.timeout.as_std(),
+            limit: spec.limit.into(),
+            batch_size: spec.batch_size.into(),
+            statement_timeout: spec.statement_timeout.as_std(),
+            deadline: spec.deadline.as_std(),
+        })
+    }
+
+    /// The most stale rows to count after a sweep.
+    pub fn backlog_bound(&self) -> i64 {
+        self.limit.min(MAX_BACKLOG)
+    }
+}
+
+/// A string literal. The driver's function puts a blank before the `E` of a literal with backslashes.
+pub fn literal(text: &str) -> String {
+    escape_literal(text).trim_start().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn plan(spec: serde_json::Value) -> Plan {
+        Plan::new(&serde_json::from_value(spec).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn names_and_values_are_literal() {
+        let plan = plan(json!({
+            "database": { "secretRef": { "name": "db" } },
+            "schema": "Mixed.Case", "table": "a\"; DROP TABLE x; --",
+            "complete": [{ "column": "k", "value": "it's \\ \"x\"" }, { "column": "N", "setNull": true }],
+        }));
+        assert_eq!(plan.table, r#""Mixed.Case"."a""; DROP TABLE x; --""#);
+        assert_eq!(plan.assignments, r#", "k" = E'it''s \\ "x"', "N" = NULL"#);
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_original() {
+        let plan = plan(json!({ "database": { "secretRef": { "name": "db" } } }));
+        assert_eq!(plan.table, r#""public"."audit_log""#);
+        assert_eq!(plan.assignments, r#", "result_kind" = 'timeout'"#);
+        assert_eq!((plan.timeout, plan.limit), (Duration::from_secs(14_400), 1000));
+        assert_eq!(plan.backlog_bound(), 1000);
+    }
+
+    #[test]
+    fn a_null_is_never_guessed() {
+        let spec = json!({ "database": { "secretRef": { "name": "db" } }, "complete": [{ "column": "kind" }] });
+        Plan::new(&serde_json::from_value(spec).unwrap()).unwrap_err();
+    }
+
+    #[test]
+    fn an_empty_list_sets_the_time_alone() {
+        assert_eq!(plan(json!({ "database": { "secretRef": { "name": "db" } }, "complete": [] })).assignments, "");
+    }
+}

@@ -1,0 +1,60 @@
+//! What comes out of a sweep: counts that hold whether or not it ended well.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use super::Error;
+use crate::api::status::{Backlog, Outcome};
+
+/// The counts of one attempt, and how it ended.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Rows that started before were stale; None when the database was not reached.
+    pub cutoff: Option<DateTime<Utc>>,
+    /// Rows completed and committed.
+    pub timed_out: i64,
+    /// Rows that the database was too busy to complete.
+    pub skipped: i64,
+    /// Rows whose update a trigger suppressed.
+    pub suppressed: i64,
+    /// Rows of a COMMIT without an answer that could not be looked up.
+    pub uncertain: i64,
+    /// Transactions committed.
+    pub batches: i64,
+    /// Stale rows left; None when they could not be counted.
+    pub backlog: Option<Backlog>,
+    /// How the attempt ended, where it ended without an error.
+    pub ended: Option<Ended>,
+    /// What ended it otherwise.
+    pub error: Option<Error>,
+    /// How long it took.
+    pub duration: Duration,
+}
+
+/// How an attempt without an error ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Ended {
+    Drained,
+    LimitReached,
+    DeadlineReached,
+    Stopped,
+}
+
+impl Report {
+    /// How it ended, for the status.
+    pub const fn outcome(&self) -> Outcome {
+        match (&self.error, self.ended) {
+            (None, Some(Ended::Drained)) => Outcome::Drained,
+            (None, Some(Ended::LimitReached)) => Outcome::LimitReached,
+            (None, Some(Ended::DeadlineReached)) => Outcome::DeadlineReached,
+            (None, Some(Ended::Stopped)) => Outcome::Stopped,
+            _ => Outcome::Failed,
+        }
+    }
+
+    /// Whole milliseconds that it took.
+    pub fn duration_milliseconds(&self) -> i64 {
+        i64::try_from(self.duration.as_millis()).unwrap_or(i64::MAX)
+    }
+}

@@ -1,0 +1,193 @@
+//! All SQL of the sweep is written here, and its answers are read here. Why each piece is as it is stands beside it.
+//!
+//! Everything goes as simple queries, several statements in one message: an error in it skips the rest, so nothing
+//! runs outside its transaction, and no prepared statement is left behind in a pooler.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
+
+use super::plan::{Plan, literal};
+
+/// Waiting for a lock longer than this is somebody else's schema change.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A client that was stopped or cut off must not hold its row locks for long.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Times in a form that neither DateStyle nor TimeZone changes.
+const ISO: &str = r#"'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"#;
+
+/// The place in the order of `(time_started, id)` up to which a sweep has looked, as texts of the database's own.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Cursor {
+    time_started: String,
+    id: String,
+}
+
+/// What one batch did, before its COMMIT.
+#[derive(Debug)]
+pub struct Batch {
+    /// Rows selected and locked.
+    pub selected: i64,
+    /// Rows completed. Fewer than selected: a trigger suppressed the update.
+    pub completed: i64,
+    /// The last row selected: where the next batch goes on. None: nothing was selected.
+    pub cursor: Option<Cursor>,
+    /// How to find out whether a COMMIT without an answer took place. None: nothing was completed.
+    pub receipt: Option<Receipt>,
+}
+
+/// One completed row and its transaction, by which a lost COMMIT is looked up.
+#[derive(Clone, Debug)]
+pub struct Receipt {
+    xid: String,
+    row: Cursor,
+    time_completed: String,
+}
+
+/// Limits that the server keeps for one transaction. SET LOCAL only: a pooler hands a session's settings on to the
+/// next client.
+fn settings(statement_timeout: Duration) -> String {
+    // Zero would switch the limit off.
+    let limit = |limit: Duration| limit.min(statement_timeout).as_millis().max(1);
+    format!(
+        "SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = {}; \
+         SET LOCAL idle_in_transaction_session_timeout = {}; SET LOCAL row_security = off; \
+         SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL TimeZone = 'UTC'; \
+         SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL jit = off; {}",
+        limit(statement_timeout),
+        limit(LOCK_TIMEOUT),
+        IDLE_TIMEOUT.as_millis(),
+        // The one good plan walks the partial index in order. With statistics from before a backlog, or none, the
+        // planner prefers plans that cost a thousand times as much.
+        ["seqscan", "bitmapscan", "hashjoin", "mergejoin", "sort"]
+            .map(|node| format!("SET LOCAL enable_{node} = off; "))
+            .concat(),
+    )
+}
+
+/// Reads the cutoff: the database's clock, so that there is one clock, less the timeout.
+pub fn cutoff(plan: &Plan) -> String {
+    format!(
+        "SELECT to_char((clock_timestamp() - interval '{} milliseconds') AT TIME ZONE 'UTC', {ISO})",
+        plan.timeout.as_millis()
+    )
+}
+
+/// The stale rows beyond the cursor, oldest first.
+fn stale(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>) -> String {
+    let Plan { table, id, time_started, time_completed, .. } = plan;
+    let beyond = cursor.map_or_else(String::new, |cursor| {
+        format!(" AND ({time_started}, {id}) > ({}, {})", literal(&cursor.time_started), literal(&cursor.id))
+    });
+    format!(
+        "SELECT {time_started}, {id} FROM {table} \
+         WHERE {time_completed} IS NULL AND {time_started} < {}{beyond} ORDER BY {time_started}, {id}",
+        literal(cutoff)
+    )
+}
+
+/// Completes the next `size` stale rows.
+///
+/// - The rows are chosen once (MATERIALIZED) and locked, skipping those that somebody is completing right now.
+///   NO KEY UPDATE lets others insert rows that reference them.
+/// - The join is on both columns: an id alone may repeat in a partitioned table.
+/// - The guard `time_completed IS NULL` is the promise that a complete row is never touched. It is spelt
+///   `(...) IS TRUE` so that the planner does not take it for a reason to use the partial index there too.
+/// - The outer query counts what was *selected*, on which the cursor and the end of the sweep rest, and what was
+///   completed; the transaction id is NULL where there was nothing to lock, so an idle sweep uses none.
+fn update(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> String {
+    let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
+    let stale = stale(plan, cutoff, cursor);
+    format!(
+        "WITH stale AS MATERIALIZED ({stale} LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED), \
+         done AS (UPDATE {table} AS t SET {time_completed} = (SELECT clock_timestamp()){assignments} \
+           FROM stale WHERE t.{time_started} = stale.{time_started} AND t.{id} = stale.{id} \
+           AND (t.{time_completed} IS NULL) IS TRUE \
+           RETURNING t.{time_started}, t.{id}, t.{time_completed}) \
+         SELECT s.n, d.n, pg_current_xact_id_if_assigned()::text, s.ts, s.id, d.ts, d.id, d.at FROM \
+           (SELECT count(*) AS n, (array_agg({time_started}::text ORDER BY {time_started} DESC, {id} DESC))[1] AS ts, \
+             (array_agg({id}::text ORDER BY {time_started} DESC, {id} DESC))[1] AS id FROM stale) AS s, \
+           (SELECT count(*) AS n, min({time_started})::text AS ts, \
+             (array_agg({id}::text ORDER BY {time_started}, {id}))[1] AS id, \
+             (array_agg({time_completed}::text ORDER BY {time_started}, {id}))[1] AS at FROM done) AS d"
+    )
+}
+
+/// One batch up to, and without, its COMMIT.
+pub fn batch(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64, statement_timeout: Duration) -> String {
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}\
+         SET CONSTRAINTS ALL IMMEDIATE; {}",
+        settings(statement_timeout),
+        update(plan, cutoff, cursor, size)
+    )
+}
+
+/// Asks for the plan of the batch: finds a missing table, column or right and an unfit value without touching a row.
+pub fn explain(plan: &Plan, statement_timeout: Duration) -> String {
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}EXPLAIN (COSTS OFF) {}; ROLLBACK",
+        settings(statement_timeout),
+        // Any time will do: nothing is run.
+        update(plan, "2000-01-01T00:00:00Z", None, 1)
+    )
+}
+
+/// Counts the stale rows beyond the cursor, up to one more than `bound`.
+pub fn backlog(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, bound: i64, statement_timeout: Duration) -> String {
+    let stale = stale(plan, cutoff, cursor);
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}\
+         SELECT count(*), to_char(min({}) AT TIME ZONE 'UTC', {ISO}) FROM ({stale} LIMIT {}) AS stale; COMMIT",
+        settings(statement_timeout),
+        plan.time_started,
+        bound + 1
+    )
+}
+
+/// Asks how the transaction of a receipt ended.
+pub fn transaction_status(receipt: &Receipt) -> String {
+    format!("SELECT pg_xact_status({}::xid8)", literal(&receipt.xid))
+}
+
+/// Asks whether the row of a receipt carries the receipt's time.
+pub fn row_status(plan: &Plan, receipt: &Receipt) -> String {
+    let Plan { table, id, time_started, time_completed, .. } = plan;
+    format!(
+        "SELECT {time_completed} = {}::timestamptz FROM {table} WHERE {time_started} = {} AND {id} = {}",
+        literal(&receipt.time_completed),
+        literal(&receipt.row.time_started),
+        literal(&receipt.row.id)
+    )
+}
+
+/// The last row that an answer holds.
+pub fn last_row(answer: &[SimpleQueryMessage]) -> Option<&SimpleQueryRow> {
+    answer.iter().rev().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    })
+}
+
+/// A field of a row as text.
+pub fn text(row: &SimpleQueryRow, index: usize) -> Option<&str> {
+    row.try_get(index).ok().flatten()
+}
+
+/// Reads the answer of [`batch`].
+pub fn read_batch(answer: &[SimpleQueryMessage]) -> Option<Batch> {
+    let row = last_row(answer)?;
+    let place = |ts, id| Some(Cursor { time_started: text(row, ts)?.to_owned(), id: text(row, id)?.to_owned() });
+    let receipt =
+        || Some(Receipt { xid: text(row, 2)?.to_owned(), row: place(5, 6)?, time_completed: text(row, 7)?.to_owned() });
+    let [selected, completed] = [0, 1].map(|index| text(row, index).and_then(|n| n.parse().ok()));
+    Some(Batch { selected: selected?, completed: completed?, cursor: place(3, 4), receipt: receipt() })
+}
+
+/// Reads a time written in [`ISO`]; None for times that no calendar has, such as `-infinity`.
+pub fn read_time(text: &str) -> Option<DateTime<Utc>> {
+    DateTime::parse_from_rfc3339(text).ok().map(|time| time.to_utc())
+}
