@@ -1,0 +1,11 @@
+//! The tests that need real parts: one binary, so that they share one control plane and one PostgreSQL server.
+
+// All of it is tests; clippy.toml allows these only in functions that are marked as such.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod chart;
+mod cli;
+mod controller;
+mod fixtures;
+mod specs;
+mod sweep;

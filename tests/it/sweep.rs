@@ -1,0 +1,281 @@
+//! The sweep on a real server: which rows it takes, and which it never touches.
+
+use std::time::{Duration, Instant};
+
+use audit_log_sweeper::api::Reason;
+use audit_log_sweeper::api::status::Outcome;
+use audit_log_sweeper::sweep::sweep;
+use chrono::{TimeDelta, Utc};
+use serde_json::json;
+use support::wait::eventually;
+use tokio_util::sync::CancellationToken;
+
+use crate::fixtures::{Log, id};
+
+#[tokio::test]
+async fn takes_the_oldest_first_then_the_rest_then_nothing() {
+    let log = Log::new().await;
+    for (number, age) in [(1, "6 h"), (2, "5 h"), (3, "4 h"), (4, "3 h"), (5, "2 h"), (6, "30 min"), (7, "7 h")] {
+        log.start(number, age).await;
+    }
+    assert_eq!(log.complete(7).await, 1);
+    let completed = log.query(&format!("SELECT t::text FROM audit_log t WHERE id = '{}'", id(7))).await;
+
+    let first = log.sweep(json!({ "limit": 3 })).await;
+    assert_eq!(log.timed_out().await, [1, 2, 3]);
+    assert_eq!((first.timed_out, first.outcome()), (3, Outcome::LimitReached));
+    assert_eq!(first.backlog.unwrap().display, "2");
+
+    let second = log.sweep(json!({ "limit": 3 })).await;
+    assert_eq!(log.timed_out().await, [1, 2, 3, 4, 5]);
+    assert_eq!((second.timed_out, second.outcome()), (2, Outcome::Drained));
+
+    let third = log.sweep(json!({ "limit": 3 })).await;
+    assert_eq!(log.timed_out().await, [1, 2, 3, 4, 5]);
+    assert_eq!((third.timed_out, third.outcome()), (0, Outcome::Drained));
+    assert_eq!(log.open().await, [6]);
+    assert_eq!(log.query(&format!("SELECT t::text FROM audit_log t WHERE id = '{}'", id(7))).await, completed);
+}
+
+#[tokio::test]
+async fn rows_of_one_start_time_go_by_id() {
+    let log = Log::new().await;
+    for number in [3, 1, 2] {
+        log.start(number, "2 h").await;
+    }
+    log.run("UPDATE audit_log SET time_started = '2001-01-01'").await;
+    log.sweep(json!({ "limit": 2 })).await;
+    assert_eq!(log.timed_out().await, [1, 2]);
+}
+
+#[tokio::test]
+async fn a_limit_that_is_just_enough_holds_nothing_back() {
+    let log = Log::new().await;
+    log.start_many(3).await;
+    let report = log.sweep(json!({ "limit": 3 })).await;
+    assert_eq!((report.timed_out, report.outcome()), (3, Outcome::Drained));
+}
+
+#[tokio::test]
+async fn a_completion_in_flight_is_neither_overwritten_nor_waited_for() {
+    for commit in [true, false] {
+        let log = Log::new().await;
+        log.start(1, "6 h").await;
+        log.start(2, "5 h").await;
+        let mut application = log.database.client().await.unwrap();
+        let transaction = application.transaction().await.unwrap();
+        let completion = "UPDATE audit_log SET time_completed = clock_timestamp(), result_kind = 'success', \
+                          http_status_code = 200 WHERE id = $1::text::uuid AND time_completed IS NULL";
+        assert_eq!(transaction.execute(completion, &[&id(1)]).await.unwrap(), 1);
+
+        let start = Instant::now();
+        let report = log.sweep(json!({})).await;
+        assert!(start.elapsed() < Duration::from_secs(2), "it waited: {:?}", start.elapsed());
+        assert_eq!((report.timed_out, report.error.map(|e| e.to_string())), (1, None));
+        assert_eq!(log.timed_out().await, [2]);
+
+        if commit {
+            transaction.commit().await.unwrap();
+            assert_eq!(log.with_kind("success").await, [1]);
+            let before = log.rows().await;
+            log.sweep(json!({})).await;
+            assert_eq!(log.rows().await, before);
+        } else {
+            transaction.rollback().await.unwrap();
+            log.sweep(json!({})).await;
+            assert_eq!(log.timed_out().await, [1, 2]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_late_guarded_completion_changes_nothing() {
+    let log = Log::new().await;
+    log.start(1, "6 h").await;
+    log.sweep(json!({})).await;
+    let swept = log.rows().await;
+    assert_eq!(log.complete(1).await, 0);
+    assert_eq!(log.rows().await, swept);
+}
+
+#[tokio::test]
+async fn the_same_id_in_two_partitions_is_two_rows() {
+    let log = Log::empty().await;
+    log.run(
+        "CREATE TABLE audit_log (id bigint, time_started timestamptz, time_completed timestamptz, result_kind text, \
+           PRIMARY KEY (id, time_started)) PARTITION BY RANGE (time_started); \
+         CREATE TABLE old PARTITION OF audit_log FOR VALUES FROM (MINVALUE) TO ('2020-01-01'); \
+         CREATE TABLE new PARTITION OF audit_log FOR VALUES FROM ('2020-01-01') TO (MAXVALUE); \
+         CREATE INDEX ON audit_log (time_started, id) WHERE time_completed IS NULL; \
+         INSERT INTO audit_log VALUES (7, '2019-01-01'), (7, clock_timestamp() - interval '1 min'), (7, '2019-06-01')",
+    )
+    .await;
+    let report = log.sweep(json!({ "limit": 1 })).await;
+    assert_eq!(report.timed_out, 1);
+    assert_eq!(log.query("SELECT extract(year from time_started)::int, extract(month from time_started)::int FROM audit_log WHERE time_completed IS NOT NULL").await, ["2019|1"]);
+    log.sweep(json!({})).await;
+    assert_eq!(
+        log.query("SELECT count(*) FROM audit_log WHERE time_completed IS NULL AND time_started > '2020-01-01'").await,
+        ["1"]
+    );
+}
+
+#[tokio::test]
+async fn rows_that_share_a_key_are_not_completed_beside_the_chosen_ones() {
+    let log = Log::empty().await;
+    log.run(
+        "CREATE TABLE audit_log (id bigint, time_started timestamptz, time_completed timestamptz, result_kind text); \
+         INSERT INTO audit_log SELECT 7, '2019-01-01' FROM generate_series(1, 3)",
+    )
+    .await;
+    let report = log.sweep(json!({ "limit": 1 })).await;
+    assert_eq!(report.error.unwrap().reason(), Reason::SchemaMismatch);
+    assert_eq!(
+        (report.timed_out, log.query("SELECT count(*) FROM audit_log WHERE time_completed IS NULL").await),
+        (0, vec!["3".into()])
+    );
+}
+
+#[tokio::test]
+async fn batches_go_on_where_the_last_one_stopped() {
+    let log = Log::new().await;
+    log.start_many(25).await;
+    // A row whose update is suppressed stays open; nothing behind it is hidden, and nothing is read twice.
+    log.before_update(&format!("IF NEW.id IN ('{}', '{}') THEN RETURN NULL; END IF;", id(4), id(5))).await;
+    let report = log.sweep(json!({ "batchSize": 2 })).await;
+    assert_eq!(log.open().await, [4, 5]);
+    assert_eq!((report.timed_out, report.suppressed, report.batches), (23, 2, 13));
+    assert_eq!((report.outcome(), report.backlog.unwrap().display.as_str()), (Outcome::Drained, "2"));
+}
+
+#[tokio::test]
+async fn what_was_committed_counts_when_a_later_batch_fails() {
+    let log = Log::new().await;
+    log.start_many(10).await;
+    log.before_update(&format!("IF NEW.id = '{}' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;", id(6)))
+        .await;
+    let report = log.sweep(json!({ "batchSize": 2 })).await;
+    assert_eq!(log.timed_out().await, [1, 2, 3, 4]);
+    assert_eq!((report.timed_out, report.batches, report.outcome()), (4, 2, Outcome::Failed));
+    assert_eq!(report.error.unwrap().reason(), Reason::DatabaseUnreachable);
+}
+
+#[tokio::test]
+async fn the_cutoff_is_the_databases_and_frozen() {
+    let log = Log::new().await;
+    log.start_many(2).await;
+    // Completing the first row starts another, which is not stale at the cutoff and is a moment later.
+    log.before_update(&format!(
+        "IF NEW.id = '{}' THEN INSERT INTO audit_log (id, time_started, request_id, request_uri, operation_id, \
+           source_ip, actor_kind) VALUES ('{}', clock_timestamp() - interval '1 h', 'r', '/', 'op', '::1', 'unauthenticated'); END IF;",
+        id(1), id(3)
+    ))
+    .await;
+    let before = Utc::now();
+    let report = log.sweep(json!({ "batchSize": 1 })).await;
+    let cutoff = report.cutoff.unwrap();
+    assert_eq!((log.timed_out().await, log.open().await), (vec![1, 2], vec![3]));
+    let hour = TimeDelta::hours(1);
+    assert!(cutoff >= before - hour - TimeDelta::seconds(1) && cutoff <= Utc::now() - hour + TimeDelta::seconds(1));
+}
+
+#[tokio::test]
+async fn the_server_keeps_the_limits_too() {
+    let log = Log::new().await;
+    log.start(1, "6 h").await;
+    log.run("CREATE TABLE seen (name text, value text)").await;
+    log.before_update(
+        "INSERT INTO seen SELECT name, setting FROM pg_settings WHERE name IN ('statement_timeout', 'lock_timeout', \
+         'idle_in_transaction_session_timeout', 'DateStyle', 'TimeZone', 'transaction_isolation');",
+    )
+    .await;
+    // Settings of the role that would change what the sweep reads.
+    let role = &log.database.user;
+    log.run(&format!(
+        "ALTER ROLE {role} SET DateStyle = 'SQL, DMY'; ALTER ROLE {role} SET TimeZone = 'Asia/Kolkata'; \
+         ALTER ROLE {role} SET default_transaction_isolation = 'serializable'; \
+         ALTER ROLE {role} SET default_transaction_read_only = on"
+    ))
+    .await;
+    let report = log.sweep(json!({ "statementTimeout": "1500ms" })).await;
+    assert_eq!((report.timed_out, report.error.map(|e| e.to_string())), (1, None));
+    assert_eq!(
+        log.query("SELECT name, value FROM seen ORDER BY lower(name)").await,
+        [
+            "DateStyle|ISO, YMD",
+            "idle_in_transaction_session_timeout|10000",
+            "lock_timeout|1500",
+            "statement_timeout|1500",
+            "TimeZone|UTC",
+            "transaction_isolation|read committed"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_slow_statement_is_ended_by_the_server() {
+    let log = Log::new().await;
+    log.start_many(3).await;
+    log.before_update("PERFORM pg_sleep(30);").await;
+    let report = log.sweep(json!({ "statementTimeout": "300ms" })).await;
+    assert_eq!((report.timed_out, report.error.unwrap().reason()), (0, Reason::StatementTimeout));
+    nothing_is_left_running(&log).await;
+}
+
+#[tokio::test]
+async fn the_deadline_ends_a_sweep_and_keeps_what_was_done() {
+    let log = Log::new().await;
+    log.start_many(1000).await;
+    log.before_update("PERFORM pg_sleep(0.02);").await;
+    let report = log.sweep(json!({ "batchSize": 10, "deadline": "1s", "statementTimeout": "1s" })).await;
+    assert_eq!(report.outcome(), Outcome::DeadlineReached, "{report:?}");
+    let expected: Vec<u32> = (1..=u32::try_from(report.timed_out).unwrap()).collect();
+    assert!(report.timed_out > 0 && report.timed_out < 1000);
+    assert_eq!(log.timed_out().await, expected);
+    nothing_is_left_running(&log).await;
+}
+
+#[tokio::test]
+async fn a_stop_cancels_the_running_statement_on_the_server() {
+    let log = Log::new().await;
+    log.start_many(4).await;
+    log.before_update(&format!("IF NEW.id = '{}' THEN PERFORM pg_sleep(30); END IF;", id(3))).await;
+    let stop = CancellationToken::new();
+    let job = log.job(json!({ "batchSize": 2 }));
+    let stopping = async {
+        eventually("the second batch to hang", Duration::from_secs(10), async || {
+            let done = log.timed_out().await;
+            if done == [1, 2] { Ok(()) } else { Err(format!("{done:?}")) }
+        })
+        .await;
+        stop.cancel();
+        Instant::now()
+    };
+    let (report, stopped) = tokio::join!(sweep(&job, &stop), stopping);
+    assert!(stopped.elapsed() < Duration::from_secs(2), "{:?}", stopped.elapsed());
+    assert_eq!((report.timed_out, report.outcome()), (2, Outcome::Stopped));
+    assert_eq!(log.timed_out().await, [1, 2]);
+    nothing_is_left_running(&log).await;
+}
+
+#[tokio::test]
+async fn a_missing_table_column_or_right_is_named_with_what_to_do() {
+    let log = Log::empty().await;
+    let error = log.sweep(json!({})).await.error.unwrap();
+    assert_eq!(error.reason(), Reason::TableNotFound);
+    assert!(error.to_string().contains("spec.table"), "{error}");
+    log.create().await;
+    let error = log.sweep(json!({ "columns": { "id": "key" } })).await.error.unwrap();
+    assert_eq!(error.reason(), Reason::ColumnNotFound);
+    let error =
+        log.sweep(json!({ "complete": [{ "column": "result_kind", "value": "timed out" }] })).await.error.unwrap();
+    assert_eq!(error.reason(), Reason::SchemaMismatch, "{error}");
+}
+
+async fn nothing_is_left_running(log: &Log) {
+    eventually("the sweep's sessions to be gone", Duration::from_secs(2), async || {
+        let sessions = log.sweeping_sessions().await;
+        if sessions.is_empty() { Ok(()) } else { Err(format!("{sessions:?}")) }
+    })
+    .await;
+}
