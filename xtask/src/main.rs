@@ -1,0 +1,78 @@
+//! `cargo xtask`: what developers run beside cargo itself. Parses the command line and hands over to the command.
+
+mod demo;
+mod generate;
+mod test;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use support::progress;
+
+/// Develops audit-log-sweeper.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run all tests on a real API server and PostgreSQL, and see that nothing is left behind
+    Test {
+        /// Passed on to `cargo test`
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+    /// Write the files that are made from the code: the CustomResourceDefinition, for kubectl and for the chart
+    Generate {
+        /// Write nothing; fail if a file is not up to date
+        #[arg(long)]
+        check: bool,
+    },
+    /// Watch the operator sweep: installs the chart, fills a table, and checks every sweep
+    Demo {
+        /// Leave everything running until Ctrl-C, to try more
+        #[arg(long)]
+        keep: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Task::Test { arguments } => test::run(&arguments),
+        Task::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
+        Task::Demo { keep } => demo::run(keep).map(|()| ExitCode::SUCCESS),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("this package is a folder of the workspace")
+}
+
+fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    cargo.current_dir(root());
+    cargo
+}
+
+/// Builds the operator, with its progress and errors on the screen. Where it is.
+fn build_operator(profile: &str) -> anyhow::Result<PathBuf> {
+    progress::note(&format!("Building the operator ({profile})"));
+    let mut build = cargo();
+    build.args(["build", "--locked", "--bin", "audit-log-sweeper", "--profile", profile]);
+    // Only the messages for programs tell where the result is: the target folder can be anywhere.
+    build.args(["--message-format", "json-render-diagnostics"]).stderr(std::process::Stdio::inherit());
+    let output = build.output().context("cargo cannot be started")?;
+    anyhow::ensure!(output.status.success(), "the operator does not compile");
+    let messages = String::from_utf8(output.stdout)?;
+    let mut messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let binary = messages.find_map(|message| message["executable"].as_str().map(PathBuf::from));
+    binary.context("cargo did not say where it put the operator")
+}

@@ -1,0 +1,58 @@
+//! `cargo xtask test`: gets what the tests run on, runs them in a temporary folder of their own, and sees what they left.
+
+use crate::cargo;
+use anyhow::Context;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+use support::postgres::Binaries;
+use support::process::output;
+use support::scratch::Scratch;
+use support::tools::Tools;
+
+/// Servers get a signal when the tests end; this is how long they may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    Tools::ensure()?;
+    let postgres = Binaries::ensure()?;
+    println!("PostgreSQL {} in {}", postgres.version, postgres.folder.display());
+
+    let temporary = Scratch::new(None)?;
+    // As root, PostgreSQL runs as another user, who has to get to its folder in there.
+    fs::set_permissions(temporary.path(), Permissions::from_mode(0o711))?;
+    let mut tests = cargo();
+    tests.args(["test", "--workspace", "--locked"]).args(arguments).env("TMPDIR", temporary.path());
+    let status = tests.status().context("cargo cannot be started")?;
+
+    let left = left_behind(temporary.path())?;
+    println!("\nTests took {} s in all", started.elapsed().as_secs());
+    if !left.is_empty() {
+        println!("{PATIENCE:?} after the tests these are still there:\n{}", left.join("\n"));
+        return Ok(ExitCode::FAILURE);
+    }
+    println!("No process and no folder was left behind");
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Folders in the temporary folder, and processes that have one of them on their command line, as all servers do.
+fn left_behind(temporary: &Path) -> anyhow::Result<Vec<String>> {
+    let end = Instant::now() + PATIENCE;
+    let place = format!("{}/audit-log-sweeper-", temporary.display());
+    loop {
+        let entries = fs::read_dir(temporary)?.collect::<Result<Vec<_>, _>>()?;
+        let folders = entries.iter().map(|entry| entry.path().display().to_string());
+        let mut left: Vec<String> = folders.filter(|folder| folder.starts_with(&place)).collect();
+        let processes = output(Command::new("ps").args(["-ww", "-A", "-o", "pid=,args="]));
+        let processes = processes.context("ps is needed (Debian and Ubuntu: `apt-get install procps`)")?;
+        left.extend(processes.lines().filter(|process| process.contains(&place)).map(str::to_owned));
+        if left.is_empty() || Instant::now() > end {
+            return Ok(left);
+        }
+        sleep(Duration::from_millis(100));
+    }
+}
