@@ -235,7 +235,7 @@ fn prepare(args: &Sweep) -> anyhow::Result<(Job, CancellationToken)> {
     let application_name = format!("audit-log-sweeper/{namespace}/{}", sweeper.name_any());
     let target = Target::new(&uri, mode, ca.as_deref(), &default_roots()?, &application_name)?;
     let plan = Plan::new(&sweeper.spec)?;
-    Ok((Job { limit: plan.limit, plan, target }, stop_signal()?))
+    Ok((Job { limit: plan.limit, plan, target, resume_after: None }, stop_signal()?))
 }
 
 fn read_file(path: &Path) -> anyhow::Result<String> {
@@ -283,9 +283,12 @@ fn text_report(report: &Report) -> String {
         ("cutoff", report.cutoff.map_or_else(|| "none".into(), |cutoff| cutoff.to_rfc3339())),
         ("took", format!("{:.0?}", report.duration)),
     ];
-    for (name, count) in
-        [("suppressed", report.suppressed), ("skipped", report.skipped), ("uncertain", report.uncertain)]
-    {
+    for (name, count) in [
+        ("refused", report.refused),
+        ("suppressed", report.suppressed),
+        ("skipped", report.skipped),
+        ("uncertain", report.uncertain),
+    ] {
         if count > 0 {
             lines.push((name, count.to_string()));
         }

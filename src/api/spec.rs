@@ -147,9 +147,21 @@ pub struct AuditLogSweeperSpec {
     #[x_kube(validation = between("1s", "24h"))]
     pub deadline: Duration,
 
+    /// Apply: complete the rows. Observe: connect, check the table, and count what would be swept; change nothing.
+    #[serde(default)]
+    pub mode: Mode,
+
     /// Set to true to begin no new sweep until it is false again. The condition `Suspended` acknowledges it.
     #[serde(default)]
     pub suspend: bool,
+}
+
+/// Whether a sweep completes rows.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum Mode {
+    #[default]
+    Apply,
+    Observe,
 }
 
 /// The database and how to connect to it.

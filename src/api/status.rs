@@ -53,6 +53,15 @@ pub struct AuditLogSweeperStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backlog: Option<Backlog>,
 
+    /// Rows that the database refused to complete in the last sweep: a constraint or a trigger forbids it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unsweepable: Option<Unsweepable>,
+
+    /// The operator's clock less the database's, as of the last sweep. Only the database's clock decides which rows
+    /// are stale.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_skew_milliseconds: Option<i64>,
+
     /// Sums over the life of the object. Best effort: a crash between a sweep and its status write loses that sweep's
     /// counts here. The table itself is always right.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -110,7 +119,7 @@ pub enum Trigger {
 }
 
 /// How a sweep ended. Drained: no stale row was left. LimitReached: the limit was. DeadlineReached: the deadline was.
-/// Stopped: the operator was. Failed: lastError says why; it is retried.
+/// Stopped: the operator was. Failed: lastError says why; it is retried. Observed: rows were only counted.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 pub enum Outcome {
     Drained,
@@ -118,6 +127,7 @@ pub enum Outcome {
     DeadlineReached,
     Stopped,
     Failed,
+    Observed,
 }
 
 /// Stale rows still open, counted up to a bound.
@@ -143,6 +153,44 @@ impl Backlog {
         let remaining = counted.min(bound);
         let display = if at_least { format!(">{remaining}") } else { remaining.to_string() };
         Self { remaining, at_least, display, oldest_time_started }
+    }
+}
+
+/// Rows that the database refuses to complete.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Unsweepable {
+    /// Rows refused in the last sweep.
+    pub count: i64,
+    /// Keys of the first of them; only of type uuid or bigint, since a text key is data of the row.
+    #[serde(default)]
+    #[schemars(length(max = 10), inner(length(max = 64)))]
+    pub ids: Vec<String>,
+    /// Where the next sweep begins, so that refused rows do not keep it from those behind them. Absent: with the
+    /// oldest row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume_after: Option<ResumeAfter>,
+}
+
+/// A place in the order of start time and key.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ResumeAfter {
+    /// The start time, as the database writes it.
+    #[schemars(length(max = 64))]
+    pub time_started: String,
+    /// The key, where it is no data of the row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub id: Option<String>,
+}
+
+impl ResumeAfter {
+    /// Whether it can be what an operator wrote: the status may have been edited.
+    pub fn is_plausible(&self) -> bool {
+        let time = DateTime::parse_from_str(&self.time_started, "%Y-%m-%d %H:%M:%S%.f%#z");
+        let key = |id: &String| id.len() <= 36 && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+        time.is_ok() && self.id.as_ref().is_none_or(key)
     }
 }
 
@@ -187,6 +235,16 @@ pub fn whole_seconds(time: DateTime<Utc>) -> DateTime<Utc> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_place_that_an_operator_wrote_is_resumed_from() {
+        let place = |time: &str, id: Option<&str>| ResumeAfter { time_started: time.into(), id: id.map(Into::into) };
+        assert!(place("2026-11-22 10:00:00.123456+00", Some("0f8fad5b-d9cb-469f-a165-70867728950e")).is_plausible());
+        assert!(place("2026-11-22 10:00:00+00", Some("-17")).is_plausible());
+        assert!(place("2026-11-22 10:00:00+00", None).is_plausible());
+        assert!(!place("yesterday", None).is_plausible());
+        assert!(!place("2026-11-22 10:00:00+00", Some("x' OR true")).is_plausible());
+    }
 
     #[test]
     fn backlog_displays_what_was_counted() {

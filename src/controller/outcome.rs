@@ -4,7 +4,9 @@ use chrono::{DateTime, TimeDelta, Utc};
 
 use super::decide::Slot;
 use crate::api::conditions::{self, ConditionType, Reason, Verdict};
-use crate::api::status::{AuditLogSweeperStatus, Backlog, LastError, LastSweep, Outcome, Totals, whole_seconds};
+use crate::api::status::{
+    AuditLogSweeperStatus, Backlog, LastError, LastSweep, Outcome, ResumeAfter, Totals, Unsweepable, whole_seconds,
+};
 use crate::api::{AuditLogSweeper, AuditLogSweeperSpec};
 use crate::schedule::Grid;
 use crate::sweep::{Class, Report};
@@ -177,6 +179,14 @@ fn swept(
         uncertain: sum(|last| last.uncertain, report.uncertain),
         batches: sum(|last| last.batches, report.batches),
     };
+    // An attempt that did not get to the rows says nothing about them.
+    if report.database_time.is_some() {
+        status.unsweepable = unsweepable(report);
+    }
+    if let Some((database, after)) = report.database_time {
+        let ours = start + TimeDelta::from_std(after).unwrap_or_default();
+        status.clock_skew_milliseconds = Some((ours - database).num_milliseconds());
+    }
     status.last_schedule_time = Some(sweep.schedule_time);
     status.last_attempt_time = Some(whole_seconds(start));
     let next = subject.grid().after(start, end);
@@ -203,17 +213,32 @@ fn swept(
             Outcome::LimitReached => (Reason::LimitReached, "stopped at the limit"),
             Outcome::DeadlineReached => (Reason::DeadlineReached, "stopped at the deadline"),
             Outcome::Stopped => (Reason::Stopped, "stopped with the operator"),
+            Outcome::Observed => (Reason::Observed, "only counted"),
             Outcome::Drained | Outcome::Failed => (Reason::Swept, "no stale row is left"),
         };
         let backlog = report.backlog.as_ref().filter(|backlog| backlog.remaining > 0);
         let left = backlog.map_or_else(String::new, |backlog| format!("; {} stale rows are left", backlog.display));
         let text =
             if sweep.outcome == Outcome::Drained && backlog.is_some() { "looked at every stale row" } else { text };
-        let message = format!("completed {} rows, {text}{left}", sweep.timed_out);
+        let refused = match report.refused {
+            0 => String::new(),
+            rows => format!("; the database refused {rows} rows: see status.unsweepable"),
+        };
+        let message = format!("completed {} rows, {text}{left}{refused}", sweep.timed_out);
         healthy(reason, &message, bounded(subject, report))
     };
     status.last_sweep = Some(sweep);
     verdicts
+}
+
+fn unsweepable(report: &Report) -> Option<Unsweepable> {
+    let resume_after = report.resume_after.as_ref();
+    let resume_after = resume_after.map(|at| ResumeAfter { time_started: at.time_started.clone(), id: at.id.clone() });
+    (report.refused > 0 || resume_after.is_some()).then(|| Unsweepable {
+        count: report.refused,
+        ids: report.refused_ids.clone(),
+        resume_after,
+    })
 }
 
 /// Lays a failure over the status: retried, at the latest at the `next` slot.

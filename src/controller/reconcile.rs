@@ -15,6 +15,7 @@ use super::outcome::{Failure, Subject, Update};
 use super::resolve::ApiError;
 use super::{Context, publish, resolve};
 use crate::api::AuditLogSweeper;
+use crate::sweep::statement::Cursor;
 use crate::sweep::{self, Job, Plan, Report};
 
 /// However far away the next slot is, look at the clock this often: a machine may sleep, a clock may jump. It costs
@@ -164,7 +165,7 @@ async fn sweep_slot(object: &AuditLogSweeper, subject: &Subject, slot: Slot, con
     let target = resolve::target(&context.client, &namespace, object, &context.settings.default_roots).await;
     let job = target.and_then(|target| {
         let plan = Plan::new(&subject.spec).map_err(|error| Failure::from(&error))?;
-        Ok(Job { plan, target, limit: slot.limit })
+        Ok(Job { plan, target, limit: slot.limit, resume_after: resume_after(object) })
     });
     let result = match job {
         Ok(job) => Ok(sweep::sweep(&job, &context.stop).await),
@@ -176,6 +177,12 @@ async fn sweep_slot(object: &AuditLogSweeper, subject: &Subject, slot: Slot, con
     let next = update.apply(subject, &object.status.clone().unwrap_or_default()).next_schedule_time;
     context.memories.change(&subject.uid, |memory| memory.next = next);
     update
+}
+
+/// Where the last sweep left off, if rows that the database refuses made it stop.
+fn resume_after(object: &AuditLogSweeper) -> Option<Cursor> {
+    let at = object.status.as_ref()?.unsweepable.as_ref()?.resume_after.as_ref()?;
+    at.is_plausible().then(|| Cursor { time_started: at.time_started.clone(), id: at.id.clone() })
 }
 
 /// A healthy system has no stale rows, so rows timed out are a warning.

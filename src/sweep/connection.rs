@@ -213,6 +213,11 @@ impl Session {
         }
     }
 
+    /// Whether the connection has ended.
+    pub fn is_closed(&self) -> bool {
+        self.client.is_closed()
+    }
+
     /// Says goodbye, so that the server logs no broken connection.
     pub async fn close(self) {
         drop(self.client);

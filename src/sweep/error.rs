@@ -3,6 +3,8 @@
 use std::error::Error as StdError;
 use std::time::Duration;
 
+use tokio_postgres::error::{DbError, Severity};
+
 use crate::api::Reason;
 
 /// What can end a sweep early.
@@ -50,6 +52,12 @@ pub enum Error {
          rolled back. The columns of spec.columns id and timeStarted together must be unique"
     )]
     KeyNotUnique { selected: i64, completed: i64 },
+    /// The server refuses row after row for one cause.
+    #[error("{rows} rows in a row were refused for one cause, so the sweep stopped and goes on behind them: {cause}")]
+    AllRefused { rows: i64, cause: Box<Error> },
+    /// The server refused as many rows as one sweep steps over.
+    #[error("{rows} rows were refused in one sweep; the next one goes on behind them. The last: {cause}")]
+    ManyRefused { rows: i64, cause: Box<Error> },
 }
 
 /// What the sweep was doing.
@@ -58,6 +66,8 @@ pub enum Step {
     Login,
     Cutoff,
     Preflight,
+    /// Choosing a row, or reading where one is: no row is changed.
+    Select,
     Batch,
     Commit,
     Backlog,
@@ -70,6 +80,7 @@ impl Step {
             Self::Login => "logging in",
             Self::Cutoff => "reading the database's clock",
             Self::Preflight => "checking the table",
+            Self::Select => "choosing a row",
             Self::Batch => "completing rows",
             Self::Commit => "committing",
             Self::Backlog => "counting the backlog",
@@ -86,8 +97,29 @@ pub struct ServerError {
     pub step: Step,
     /// The five characters by which PostgreSQL names the kind of error.
     pub sqlstate: String,
+    /// The server ended the connection with it.
+    pub fatal: bool,
+    /// The server is a standby.
+    pub standby: bool,
+    /// The constraint that was broken, if one was.
+    pub constraint: Option<String>,
     /// Safe to show: the server's text only for kinds that cannot quote a row, and the hint.
     pub message: String,
+}
+
+/// What a sweep does about an error of a batch.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Recovery {
+    /// It lost against another transaction: try again at once, a few times.
+    Again,
+    /// The server was too busy: take fewer rows.
+    Smaller,
+    /// The table is locked: wait a little, a few times.
+    Later,
+    /// A row was refused, unless EXPLAIN refuses the statement too: find the row.
+    Bisect,
+    /// This attempt is over.
+    End,
 }
 
 /// How an error is treated.
@@ -136,11 +168,15 @@ impl Error {
             Self::Server(error) => error.reason(),
             Self::Answer(_) => Reason::DatabaseError,
             Self::KeyNotUnique { .. } => Reason::SchemaMismatch,
+            Self::AllRefused { .. } | Self::ManyRefused { .. } => Reason::RowRefused,
         }
     }
 
     /// How it is treated.
     pub fn class(&self) -> Class {
+        if matches!(self, Self::AllRefused { .. }) {
+            return Class::Spec;
+        }
         match self.reason() {
             Reason::InvalidConnectionURI
             | Reason::AuthenticationFailed
@@ -150,6 +186,30 @@ impl Error {
             | Reason::PermissionDenied => Class::Missing,
             Reason::ColumnNotFound | Reason::SchemaMismatch | Reason::InvalidSpec => Class::Spec,
             _ => Class::Transient,
+        }
+    }
+
+    /// What a sweep does about an error of a batch.
+    pub(super) fn recovery(&self) -> Recovery {
+        let Self::Server(error) = self else { return Recovery::End };
+        match error.sqlstate.as_str() {
+            _ if error.fatal => Recovery::End,
+            "40001" | "40P01" | "26000" | "42P05" => Recovery::Again,
+            "57014" | "53200" => Recovery::Smaller,
+            "55P03" => Recovery::Later,
+            // The server as a whole cannot: it is full, read-only or damaged.
+            "25006" => Recovery::End,
+            code if ["53", "54", "58", "XX"].iter().any(|class| code.starts_with(class)) => Recovery::End,
+            _ if error.reason() == Reason::NotPrimary => Recovery::End,
+            _ => Recovery::Bisect,
+        }
+    }
+
+    /// What makes two refusals alike: SQLSTATE and constraint.
+    pub(super) fn kind(&self) -> String {
+        match self {
+            Self::Server(error) => format!("{} {}", error.sqlstate, error.constraint.as_deref().unwrap_or_default()),
+            _ => String::new(),
         }
     }
 
@@ -163,11 +223,17 @@ impl Error {
 }
 
 impl ServerError {
-    fn new(step: Step, db: &tokio_postgres::error::DbError) -> Self {
+    fn new(step: Step, db: &DbError) -> Self {
         let sqlstate = db.code().code().to_owned();
-        let mut message = if may_quote_a_row(&sqlstate, step) {
-            // Names are safe; the primary text and the detail may hold the row.
-            let mut text = String::from("the database refused to complete a row");
+        let constraint = db.constraint().map(str::to_owned);
+        let fatal = db.parsed_severity().is_some_and(|severity| matches!(severity, Severity::Fatal | Severity::Panic));
+        // BEGIN ... READ WRITE on a standby: a setting that is refused, with a code that says "not supported".
+        let standby = sqlstate == "0A000" && db.file() == Some("guc.c");
+        let error = Self { step, sqlstate, fatal, standby, constraint, message: String::new() };
+        let reason = error.reason();
+        let mut message = if !fatal && error.may_quote_a_row(db) {
+            // Names are safe.
+            let mut text = String::from(reason.text());
             for (what, name) in [("constraint", db.constraint()), ("column", db.column()), ("table", db.table())] {
                 if let Some(name) = name {
                     text.push_str(&format!(", {what} {name}"));
@@ -177,12 +243,17 @@ impl ServerError {
         } else {
             db.message().to_owned()
         };
-        let error = Self { step, sqlstate, message: String::new() };
-        if let Some(hint) = error.reason().hint() {
+        if let Some(hint) = reason.hint() {
             message.push_str("; ");
             message.push_str(hint);
         }
         Self { message, ..error }
+    }
+
+    /// Whether the server's text may hold a row's data. Where rows are changed, triggers may raise any text under any
+    /// SQLSTATE; only the check of rights, which names a relation, cannot be theirs.
+    fn may_quote_a_row(&self, db: &DbError) -> bool {
+        matches!(self.step, Step::Batch | Step::Commit) && db.file() != Some("aclchk.c")
     }
 
     fn reason(&self) -> Reason {
@@ -195,8 +266,7 @@ impl ServerError {
             ("42703", _) => Reason::ColumnNotFound,
             ("42501", _) => Reason::PermissionDenied,
             ("25006", _) => Reason::NotPrimary,
-            // BEGIN ... READ WRITE on a standby.
-            ("0A000", _) if self.message.contains("recovery") || self.step == Step::Batch => Reason::NotPrimary,
+            _ if self.standby => Reason::NotPrimary,
             ("55P03", _) => Reason::TableLocked,
             ("57014", _) => Reason::StatementTimeout,
             ("40001" | "40P01", _) => Reason::TransactionConflict,
@@ -212,15 +282,20 @@ impl ServerError {
     }
 }
 
-/// Whether the server's text may hold a row's data: errors of values, of constraints, and whatever a trigger raises.
-/// Logging in and EXPLAIN read no row.
-fn may_quote_a_row(sqlstate: &str, step: Step) -> bool {
-    let known = ["08", "0A", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58"];
-    !matches!(step, Step::Login | Step::Preflight | Step::Cutoff)
-        && !known.iter().any(|class| sqlstate.starts_with(class))
-}
-
 impl Reason {
+    /// What happened, where the server's own text may not be shown.
+    const fn text(self) -> &'static str {
+        match self {
+            Self::StatementTimeout => "the server ended a statement",
+            Self::TableLocked => "a lock was not to be had",
+            Self::TransactionConflict => "other transactions kept colliding with the sweep's",
+            Self::ServerOutOfResources => "the server is out of a resource",
+            Self::NotPrimary => "the server is a standby or read-only",
+            Self::DataCorrupted => "the server reported an internal error or damaged data",
+            _ => "the database refused to complete a row",
+        }
+    }
+
     /// What to do, for errors whose own text does not say it.
     const fn hint(self) -> Option<&'static str> {
         match self {

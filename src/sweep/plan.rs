@@ -6,6 +6,7 @@ use postgres_protocol::escape::{escape_identifier, escape_literal};
 
 use super::Error;
 use crate::api::AuditLogSweeperSpec;
+use crate::api::spec::Mode;
 
 /// At most this many stale rows are counted for the backlog, and one more to tell "more than".
 const MAX_BACKLOG: i64 = 10_000;
@@ -23,6 +24,8 @@ pub struct Plan {
     pub time_completed: String,
     /// `, "column" = 'value'` for each further column to set.
     pub assignments: String,
+    /// Whether to complete rows, or only to count them.
+    pub mode: Mode,
     /// How old an incomplete row must be.
     pub timeout: Duration,
     /// The most rows that one sweep completes.
@@ -56,6 +59,7 @@ impl Plan {
             time_started: escape_identifier(&spec.columns.time_started),
             time_completed: escape_identifier(&spec.columns.time_completed),
             assignments,
+            mode: spec.mode,
             timeout: spec.timeout.as_std(),
             limit: spec.limit.into(),
             batch_size: spec.batch_size.into(),

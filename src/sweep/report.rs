@@ -5,6 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use super::Error;
+use super::statement::Cursor;
 use crate::api::status::{Backlog, Outcome};
 
 /// The counts of one attempt, and how it ended.
@@ -22,6 +23,14 @@ pub struct Report {
     pub uncertain: i64,
     /// Transactions committed.
     pub batches: i64,
+    /// Rows that the server refused to complete.
+    pub refused: i64,
+    /// Keys of the first of them, where a key is no row data: uuid and int8.
+    pub refused_ids: Vec<String>,
+    /// Where the next sweep goes on, so that refused rows do not keep it from those behind them.
+    pub resume_after: Option<Cursor>,
+    /// The database's clock, and how long after the start of the attempt it was read.
+    pub database_time: Option<(DateTime<Utc>, Duration)>,
     /// Stale rows left; None when they could not be counted.
     pub backlog: Option<Backlog>,
     /// How the attempt ended, where it ended without an error.
@@ -39,6 +48,7 @@ pub enum Ended {
     LimitReached,
     DeadlineReached,
     Stopped,
+    Observed,
 }
 
 impl Report {
@@ -49,6 +59,7 @@ impl Report {
             (None, Some(Ended::LimitReached)) => Outcome::LimitReached,
             (None, Some(Ended::DeadlineReached)) => Outcome::DeadlineReached,
             (None, Some(Ended::Stopped)) => Outcome::Stopped,
+            (None, Some(Ended::Observed)) => Outcome::Observed,
             _ => Outcome::Failed,
         }
     }

@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
+use tokio_postgres::SimpleQueryMessage;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Session;
-use super::error::Step;
+use super::error::{Recovery, Step};
+use super::pace::Pace;
 use super::report::Ended;
 use super::statement::{self, Batch, Cursor, Receipt};
 use super::{Error, Plan, Report, Target, preflight};
-use crate::api::Reason;
+use crate::api::spec::Mode;
 use crate::api::status::Backlog;
 
 /// The server ends a statement by itself; this long after that it is taken for dead.
@@ -19,11 +21,26 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How long a COMMIT without an answer is looked up.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The same when the operator is being stopped.
+const LOOKUP_ON_STOP: Duration = Duration::from_secs(2);
+
 /// How often the end of a transaction is asked for.
 const LOOKUP_PAUSE: Duration = Duration::from_millis(100);
 
 /// A batch that lost against other transactions is tried again this often at once.
-const CONFLICT_RETRIES: u32 = 5;
+const CONFLICTS: u32 = 5;
+
+/// A batch that found the table locked is tried again this often.
+const LOCKED: u32 = 3;
+
+/// So many rows refused in a row for one cause, and none that went well between: it is not the rows.
+const ALIKE: i64 = 8;
+
+/// So many rows are stepped over in one sweep.
+const REFUSED: i64 = 100;
+
+/// So many of them are named.
+const NAMED: usize = 10;
 
 /// From this many completed rows on, the backlog is counted from where the sweep stopped: the index entries of rows
 /// just completed would have to be read again.
@@ -38,13 +55,15 @@ pub struct Job {
     pub target: Target,
     /// The most rows to complete: the limit less what earlier attempts of the same slot completed.
     pub limit: i64,
+    /// Where to begin; None: with the oldest row.
+    pub resume_after: Option<Cursor>,
 }
 
 /// Makes one attempt. Never fails as such: the report counts what was committed, and holds the error if there was one.
 pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
     let start = Instant::now();
     let mut report = Report::default();
-    match run(job, start + job.plan.deadline, stop, &mut report).await {
+    match run(job, start, stop, &mut report).await {
         Ok(ended) => report.ended = Some(ended),
         Err(error) => report.error = Some(error),
     }
@@ -52,23 +71,30 @@ pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
     report
 }
 
-async fn run(job: &Job, deadline: Instant, stop: &CancellationToken, report: &mut Report) -> Result<Ended, Error> {
-    let Job { plan, target, limit } = job;
+async fn run(job: &Job, start: Instant, stop: &CancellationToken, report: &mut Report) -> Result<Ended, Error> {
+    let Job { plan, target, limit, resume_after } = job;
+    let deadline = start + plan.deadline;
     let connected = tokio::select! {
         session = target.connect() => session?,
         () = stop.cancelled() => return Ok(Ended::Stopped),
         () = tokio::time::sleep_until(deadline) => return Ok(Ended::DeadlineReached),
     };
-    let mut sweep = Sweep { plan, target, session: connected, deadline, stop, report };
-    let cutoff = sweep.cutoff().await?;
-    let (ended, cursor) = sweep.batches(&cutoff, *limit).await?;
+    let mut sweep = Sweep { plan, target, session: connected, resume_after, deadline, stop, report };
+    let cutoff = sweep.cutoff(start).await?;
+    let (ended, cursor) = match plan.mode {
+        Mode::Apply => sweep.batches(&cutoff, *limit).await?,
+        Mode::Observe => {
+            preflight::explain(&sweep.session, plan).await?;
+            (Ended::Observed, None)
+        }
+    };
     let ended = match ended {
-        Ended::Drained | Ended::LimitReached => {
+        Ended::Drained | Ended::LimitReached | Ended::Observed => {
             let backlog = sweep.backlog(&cutoff, cursor.as_ref()).await?;
             let nothing_left = backlog.remaining == 0;
             sweep.report.backlog = Some(backlog);
             // A limit that was just enough held nothing back.
-            if nothing_left { Ended::Drained } else { ended }
+            if nothing_left && ended == Ended::LimitReached { Ended::Drained } else { ended }
         }
         Ended::DeadlineReached | Ended::Stopped => ended,
     };
@@ -80,74 +106,231 @@ struct Sweep<'a> {
     plan: &'a Plan,
     target: &'a Target,
     session: Session,
+    resume_after: &'a Option<Cursor>,
     deadline: Instant,
     stop: &'a CancellationToken,
     report: &'a mut Report,
 }
 
-/// How a batch's statement ended.
-enum Done {
+/// What became of a try.
+enum Tried {
+    /// It waits for its COMMIT.
     Batch(Batch),
+    /// The sweep is over.
     Early(Ended),
+    /// The server refused this row.
+    Refused { row: Cursor, key_type: String, error: Error },
+}
+
+/// What came of a statement.
+enum Answer {
+    Rows(Vec<SimpleQueryMessage>),
+    Early(Ended),
+}
+
+/// What went wrong since the last batch that went well.
+#[derive(Default)]
+struct Trouble {
+    conflicts: u32,
+    locked: u32,
+    skipped: i64,
+    /// The kind of the last refusals, and how many of them came in a row.
+    alike: Option<(String, i64)>,
+}
+
+impl Trouble {
+    /// Takes a refusal in; the error with which to end, if it was one too many.
+    fn too_many(&mut self, error: Error, refused: i64) -> Option<Error> {
+        let kind = error.kind();
+        let rows = self.alike.take().filter(|(last, _)| *last == kind).map_or(1, |(_, rows)| rows + 1);
+        self.alike = Some((kind, rows));
+        let cause = Box::new(error);
+        if rows >= ALIKE {
+            Some(Error::AllRefused { rows, cause })
+        } else if refused >= REFUSED {
+            Some(Error::ManyRefused { rows: refused, cause })
+        } else {
+            None
+        }
+    }
+}
+
+/// Whether a key of this type may be shown.
+fn is_plain(key_type: &str) -> bool {
+    ["uuid", "bigint", "integer", "smallint"].contains(&key_type)
+}
+
+/// Waits about so long, so that those who collided do not collide again.
+async fn pause(about: Duration) {
+    tokio::time::sleep(about.mul_f64(0.5 + fastrand::f64())).await;
 }
 
 impl Sweep<'_> {
     /// Reads the cutoff, once. It is frozen for the whole sweep, so that the sweep ends.
-    async fn cutoff(&mut self) -> Result<String, Error> {
+    async fn cutoff(&mut self, start: Instant) -> Result<String, Error> {
         let answer = self.session.query(Step::Cutoff, &statement::cutoff(self.plan), self.patience()).await?;
-        let cutoff = statement::last_row(&answer)
-            .and_then(|row| statement::text(row, 0))
-            .ok_or(Error::Answer("the question for the time"))?;
+        let row = statement::last_row(&answer);
+        let time = |index| row.and_then(|row| statement::text(row, index));
+        let cutoff = time(0).ok_or(Error::Answer("the question for the time"))?;
+        self.report.database_time = time(1).and_then(statement::read_time).map(|now| (now, start.elapsed()));
         self.report.cutoff = statement::read_time(cutoff);
         Ok(cutoff.to_owned())
     }
 
     /// Completes batches until nothing is left or something ends it; also returns how far it looked.
     async fn batches(&mut self, cutoff: &str, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
-        let mut cursor = None;
-        let mut conflicts = 0;
-        loop {
-            let size = self.plan.batch_size.min(limit - self.report.timed_out);
-            if size <= 0 {
-                return Ok((Ended::LimitReached, cursor));
+        let mut pace = Pace::new(self.plan.batch_size);
+        let mut cursor = self.resume_after.clone();
+        let mut trouble = Trouble::default();
+        let ended = loop {
+            let left = limit - self.report.timed_out;
+            if left <= 0 {
+                break Ended::LimitReached;
             }
-            let batch = match self.batch(cutoff, cursor.as_ref(), size).await {
-                Ok(Done::Batch(batch)) => batch,
-                Ok(Done::Early(ended)) => return Ok((ended, cursor)),
-                Err(error) => {
-                    self.session.rollback().await;
-                    if matches!(error.sqlstate(), Some("40001" | "40P01")) && conflicts < CONFLICT_RETRIES {
-                        conflicts += 1;
-                        continue;
-                    }
-                    return Err(self.diagnose(error).await);
-                }
+            let alone = pace.alone();
+            let size = if alone { 1 } else { pace.next(left) };
+            let tried = if alone {
+                self.one(cutoff, cursor.as_ref()).await
+            } else {
+                self.batch(cutoff, cursor.as_ref(), size).await
             };
-            conflicts = 0;
-            if batch.completed > batch.selected {
-                self.session.rollback().await;
-                return Err(Error::KeyNotUnique { selected: batch.selected, completed: batch.completed });
+            let error = match tried {
+                Ok(Tried::Early(ended)) => break ended,
+                Ok(Tried::Batch(batch)) => {
+                    self.commit(&batch).await?;
+                    trouble = Trouble::default();
+                    pace.went_well(size);
+                    cursor = batch.cursor.or(cursor);
+                    if batch.selected < size {
+                        break Ended::Drained;
+                    }
+                    continue;
+                }
+                Ok(Tried::Refused { row, key_type, error }) if error.recovery() == Recovery::Smaller => {
+                    self.report.skipped += 1;
+                    trouble.skipped += 1;
+                    cursor = Some(row);
+                    pace.stepped_over();
+                    if trouble.skipped >= ALIKE {
+                        self.report.resume_after = self.resumable(cursor.as_ref(), &key_type);
+                        return Err(error);
+                    }
+                    continue;
+                }
+                Ok(Tried::Refused { row, key_type, error })
+                    if error.recovery() == Recovery::Bisect || trouble.conflicts >= CONFLICTS =>
+                {
+                    self.refuse(&row, &key_type);
+                    cursor = Some(row);
+                    pace.stepped_over();
+                    trouble.conflicts = 0;
+                    if let Some(error) = trouble.too_many(error, self.report.refused) {
+                        self.report.resume_after = self.resumable(cursor.as_ref(), &key_type);
+                        return Err(error);
+                    }
+                    continue;
+                }
+                Ok(Tried::Refused { error, .. }) | Err(error) => error,
+            };
+            self.session.rollback().await;
+            match error.recovery() {
+                Recovery::Again if trouble.conflicts < CONFLICTS => {
+                    trouble.conflicts += 1;
+                    pause(Duration::from_millis(20)).await;
+                }
+                Recovery::Later if trouble.locked < LOCKED => {
+                    trouble.locked += 1;
+                    pause(Duration::from_millis(500)).await;
+                }
+                Recovery::Smaller if !alone => pace.was_busy(size),
+                Recovery::Again | Recovery::Bisect if !alone => {
+                    self.diagnose(error).await?;
+                    trouble.conflicts = 0;
+                    pace.was_refused(size);
+                }
+                _ => return Err(error),
             }
-            self.commit(&batch).await?;
-            cursor = batch.cursor.or(cursor);
-            if batch.selected < size {
-                return Ok((Ended::Drained, cursor));
-            }
+        };
+        // Rows behind those that were refused go first until the end was reached once.
+        if ended != Ended::Drained && self.resume_after.is_some() {
+            self.report.resume_after = cursor.clone();
+        }
+        Ok((ended, cursor))
+    }
+
+    /// Counts a row that the server refuses, and names it where its key is no row data.
+    fn refuse(&mut self, row: &Cursor, key_type: &str) {
+        self.report.refused += 1;
+        if self.report.refused_ids.len() < NAMED && is_plain(key_type) {
+            self.report.refused_ids.extend(row.id.clone());
         }
     }
 
-    /// Runs one batch up to its COMMIT. A stop, or the deadline, cancels the statement on the server.
-    async fn batch(&mut self, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> Result<Done, Error> {
-        if self.stop.is_cancelled() {
-            return Ok(Done::Early(Ended::Stopped));
+    /// A cursor that may be kept in the status: a text key is row data.
+    fn resumable(&self, cursor: Option<&Cursor>, key_type: &str) -> Option<Cursor> {
+        cursor.map(|cursor| Cursor {
+            time_started: cursor.time_started.clone(),
+            id: cursor.id.clone().filter(|_| is_plain(key_type)),
+        })
+    }
+
+    /// Completes the next row by itself, up to its COMMIT; a refusal tells which row it is.
+    async fn one(&mut self, cutoff: &str, cursor: Option<&Cursor>) -> Result<Tried, Error> {
+        let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(Tried::Early(self.cause())) };
+        let sql = statement::choose_one(self.plan, cutoff, cursor, statement_timeout);
+        let chosen = match self.ask_for_rows(Step::Select, &sql, statement_timeout).await? {
+            Answer::Early(ended) => return Ok(Tried::Early(ended)),
+            Answer::Rows(answer) => statement::read_chosen(&answer),
+        };
+        let Some((row, key_type)) = chosen else {
+            self.session.rollback().await;
+            return Ok(Tried::Early(Ended::Drained));
+        };
+        match self.ask_for_rows(Step::Batch, &statement::complete_one(self.plan, &row), statement_timeout).await {
+            Ok(Answer::Early(ended)) => Ok(Tried::Early(ended)),
+            Ok(Answer::Rows(answer)) => self.read_batch(&answer).await.map(Tried::Batch),
+            Err(error @ Error::Server(_)) => {
+                self.session.rollback().await;
+                Ok(Tried::Refused { row, key_type, error })
+            }
+            Err(error) => Err(error),
         }
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Ok(Done::Early(Ended::DeadlineReached));
-        }
-        let statement_timeout = self.plan.statement_timeout.min(left);
+    }
+
+    /// Runs one batch up to its COMMIT.
+    async fn batch(&mut self, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> Result<Tried, Error> {
+        let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(Tried::Early(self.cause())) };
         let sql = statement::batch(self.plan, cutoff, cursor, size, statement_timeout);
-        let query = self.session.query(Step::Batch, &sql, statement_timeout + GRACE);
+        match self.ask_for_rows(Step::Batch, &sql, statement_timeout).await? {
+            Answer::Early(ended) => Ok(Tried::Early(ended)),
+            Answer::Rows(answer) => self.read_batch(&answer).await.map(Tried::Batch),
+        }
+    }
+
+    /// Reads what a batch did, and takes it back if it changed rows beside those that it chose.
+    async fn read_batch(&self, answer: &[SimpleQueryMessage]) -> Result<Batch, Error> {
+        let batch = statement::read_batch(answer).ok_or(Error::Answer("a batch"))?;
+        if batch.completed > batch.selected {
+            self.session.rollback().await;
+            return Err(Error::KeyNotUnique { selected: batch.selected, completed: batch.completed });
+        }
+        Ok(batch)
+    }
+
+    /// How long the next statement may take; None: no further one begins.
+    fn time_for_a_statement(&self) -> Option<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        (!self.stop.is_cancelled() && !left.is_zero()).then(|| self.plan.statement_timeout.min(left))
+    }
+
+    /// Why no further statement begins.
+    fn cause(&self) -> Ended {
+        if self.stop.is_cancelled() { Ended::Stopped } else { Ended::DeadlineReached }
+    }
+
+    /// Waits for an answer. A stop, or the deadline, cancels the statement on the server.
+    async fn ask_for_rows(&self, step: Step, sql: &str, statement_timeout: Duration) -> Result<Answer, Error> {
+        let query = self.session.query(step, sql, statement_timeout + GRACE);
         tokio::pin!(query);
         let answer = tokio::select! {
             answer = &mut query => answer,
@@ -156,29 +339,26 @@ impl Sweep<'_> {
                 // Whether the cancel came in time or not: nothing of the batch is committed.
                 drop(timeout(GRACE, &mut query).await);
                 self.session.rollback().await;
-                return Ok(Done::Early(Ended::Stopped));
+                return Ok(Answer::Early(Ended::Stopped));
             }
         };
         match answer {
-            Ok(answer) => statement::read_batch(&answer).map(Done::Batch).ok_or(Error::Answer("a batch")),
+            Ok(answer) => Ok(Answer::Rows(answer)),
             // The server's statement timeout was cut to what the deadline left.
             Err(error) if error.sqlstate() == Some("57014") && Instant::now() >= self.deadline => {
                 self.session.rollback().await;
-                Ok(Done::Early(Ended::DeadlineReached))
+                Ok(Answer::Early(Ended::DeadlineReached))
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Tells a row that the server refuses from a value that fits no row: that one EXPLAIN refuses too, without a row.
-    async fn diagnose(&self, error: Error) -> Error {
-        if error.reason() != Reason::RowRefused {
-            return error;
+    /// Tells a row that the server refuses from a statement that fits no row: that one EXPLAIN refuses too.
+    async fn diagnose(&self, error: Error) -> Result<(), Error> {
+        if self.session.is_closed() {
+            return Err(error);
         }
-        match preflight::explain(&self.session, self.plan).await {
-            Err(cause @ Error::Server(_)) => cause,
-            _ => error,
-        }
+        preflight::explain(&self.session, self.plan).await
     }
 
     /// Commits a batch and counts it.
@@ -196,7 +376,7 @@ impl Sweep<'_> {
         if !matches!(&error, Error::Server(_)) || says_nothing(error.sqlstate()) {
             match &batch.receipt {
                 None => {}
-                Some(receipt) => match timeout(LOOKUP_TIMEOUT, self.look_up(receipt)).await.ok().flatten() {
+                Some(receipt) => match self.find_out(receipt).await {
                     Some(true) => self.count(batch),
                     Some(false) => {}
                     None => self.report.uncertain += batch.completed,
@@ -212,11 +392,23 @@ impl Sweep<'_> {
         self.report.batches += 1;
     }
 
-    /// Whether the transaction of a receipt was committed; None: it cannot be known.
-    async fn look_up(&self, receipt: &Receipt) -> Option<bool> {
+    /// Whether the transaction of a receipt was committed; None: it cannot be known in the time there is.
+    async fn find_out(&self, receipt: &Receipt) -> Option<bool> {
+        let stopped = async {
+            self.stop.cancelled().await;
+            tokio::time::sleep(LOOKUP_ON_STOP).await;
+        };
+        tokio::select! {
+            committed = self.look_up(receipt) => Some(committed),
+            () = tokio::time::sleep(LOOKUP_TIMEOUT) => None,
+            () = stopped => None,
+        }
+    }
+
+    async fn look_up(&self, receipt: &Receipt) -> bool {
         loop {
             match self.ask(receipt).await {
-                Ok(Some(answer)) => return Some(answer),
+                Ok(Some(answer)) => return answer,
                 // In progress, or the server is not back yet.
                 Ok(None) | Err(_) => tokio::time::sleep(LOOKUP_PAUSE).await,
             }

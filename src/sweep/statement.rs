@@ -22,8 +22,10 @@ const ISO: &str = r#"'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"#;
 /// The place in the order of `(time_started, id)` up to which a sweep has looked, as texts of the database's own.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Cursor {
-    time_started: String,
-    id: String,
+    /// The start time, as the database writes it.
+    pub time_started: String,
+    /// The key. None: behind every row of that time.
+    pub id: Option<String>,
 }
 
 /// What one batch did, before its COMMIT.
@@ -50,16 +52,17 @@ pub struct Receipt {
 /// Limits that the server keeps for one transaction. SET LOCAL only: a pooler hands a session's settings on to the
 /// next client.
 fn settings(statement_timeout: Duration) -> String {
-    // Zero would switch the limit off.
-    let limit = |limit: Duration| limit.min(statement_timeout).as_millis().max(1);
+    // Zero would switch a limit off. The wait for a lock ends first: the server would else call it a slow statement.
+    let lock_timeout = LOCK_TIMEOUT.min(statement_timeout / 2);
+    let millis = |limit: Duration| limit.as_millis().max(1);
     format!(
         "SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = {}; \
          SET LOCAL idle_in_transaction_session_timeout = {}; SET LOCAL row_security = off; \
          SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL TimeZone = 'UTC'; \
          SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL jit = off; {}",
-        limit(statement_timeout),
-        limit(LOCK_TIMEOUT),
-        IDLE_TIMEOUT.as_millis(),
+        millis(statement_timeout),
+        millis(lock_timeout),
+        millis(IDLE_TIMEOUT),
         // The one good plan walks the partial index in order. With statistics from before a backlog, or none, the
         // planner prefers plans that cost a thousand times as much.
         ["seqscan", "bitmapscan", "hashjoin", "mergejoin", "sort"]
@@ -71,7 +74,8 @@ fn settings(statement_timeout: Duration) -> String {
 /// Reads the cutoff: the database's clock, so that there is one clock, less the timeout.
 pub fn cutoff(plan: &Plan) -> String {
     format!(
-        "SELECT to_char((clock_timestamp() - interval '{} milliseconds') AT TIME ZONE 'UTC', {ISO})",
+        "SELECT to_char((now - interval '{} milliseconds') AT TIME ZONE 'UTC', {ISO}), \
+           to_char(now AT TIME ZONE 'UTC', {ISO}) FROM clock_timestamp() AS now",
         plan.timeout.as_millis()
     )
 }
@@ -80,7 +84,11 @@ pub fn cutoff(plan: &Plan) -> String {
 fn stale(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>) -> String {
     let Plan { table, id, time_started, time_completed, .. } = plan;
     let beyond = cursor.map_or_else(String::new, |cursor| {
-        format!(" AND ({time_started}, {id}) > ({}, {})", literal(&cursor.time_started), literal(&cursor.id))
+        let time = literal(&cursor.time_started);
+        match &cursor.id {
+            Some(key) => format!(" AND ({time_started}, {id}) > ({time}, {})", literal(key)),
+            None => format!(" AND {time_started} > {time}"),
+        }
     });
     format!(
         "SELECT {time_started}, {id} FROM {table} \
@@ -126,6 +134,40 @@ pub fn batch(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64, stat
     )
 }
 
+/// Chooses and locks the next stale row, in a transaction that [`complete_one`] goes on with: the one way to learn
+/// which row the server refuses.
+pub fn choose_one(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, statement_timeout: Duration) -> String {
+    let Plan { id, time_started, .. } = plan;
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}\
+         SET CONSTRAINTS ALL IMMEDIATE; \
+         SELECT {time_started}::text, {id}::text, pg_typeof({id})::text FROM \
+           ({} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS stale",
+        settings(statement_timeout),
+        stale(plan, cutoff, cursor)
+    )
+}
+
+/// Completes the row that was chosen; answers as [`batch`] does.
+pub fn complete_one(plan: &Plan, row: &Cursor) -> String {
+    let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
+    let (time, key) = (literal(&row.time_started), literal(row.id.as_deref().unwrap_or_default()));
+    format!(
+        "WITH done AS (UPDATE {table} AS t SET {time_completed} = (SELECT clock_timestamp()){assignments} \
+           WHERE t.{time_started} = {time} AND t.{id} = {key} AND (t.{time_completed} IS NULL) IS TRUE \
+           RETURNING t.{time_completed}) \
+         SELECT 1, count(*), pg_current_xact_id_if_assigned()::text, {time}::text, {key}::text, {time}::text, \
+           {key}::text, min({time_completed})::text FROM done"
+    )
+}
+
+/// A row that was chosen: its place, and the type of its key.
+pub fn read_chosen(answer: &[SimpleQueryMessage]) -> Option<(Cursor, String)> {
+    let row = last_row(answer)?;
+    let cursor = Cursor { time_started: text(row, 0)?.to_owned(), id: Some(text(row, 1)?.to_owned()) };
+    Some((cursor, text(row, 2)?.to_owned()))
+}
+
 /// Asks for the plan of the batch: finds a missing table, column or right and an unfit value without touching a row.
 pub fn explain(plan: &Plan, statement_timeout: Duration) -> String {
     format!(
@@ -160,7 +202,7 @@ pub fn row_status(plan: &Plan, receipt: &Receipt) -> String {
         "SELECT {time_completed} = {}::timestamptz FROM {table} WHERE {time_started} = {} AND {id} = {}",
         literal(&receipt.time_completed),
         literal(&receipt.row.time_started),
-        literal(&receipt.row.id)
+        literal(receipt.row.id.as_deref().unwrap_or_default())
     )
 }
 
@@ -180,7 +222,7 @@ pub fn text(row: &SimpleQueryRow, index: usize) -> Option<&str> {
 /// Reads the answer of [`batch`].
 pub fn read_batch(answer: &[SimpleQueryMessage]) -> Option<Batch> {
     let row = last_row(answer)?;
-    let place = |ts, id| Some(Cursor { time_started: text(row, ts)?.to_owned(), id: text(row, id)?.to_owned() });
+    let place = |ts, id| Some(Cursor { time_started: text(row, ts)?.to_owned(), id: Some(text(row, id)?.to_owned()) });
     let receipt =
         || Some(Receipt { xid: text(row, 2)?.to_owned(), row: place(5, 6)?, time_completed: text(row, 7)?.to_owned() });
     let [selected, completed] = [0, 1].map(|index| text(row, index).and_then(|n| n.parse().ok()));

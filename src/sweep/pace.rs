@@ -1,0 +1,133 @@
+//! How many rows the next batch takes: pure, so that every course of events can be tried without a database.
+//!
+//! A busy server gets smaller batches, and larger ones again after three good ones. A batch with a row that the server
+//! refuses is bisected until that row stands alone; the rows around it go at the usual size.
+
+/// After so many good batches in a row the size doubles.
+const GOOD: u32 = 3;
+
+/// The pace of one sweep.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Pace {
+    most: i64,
+    size: i64,
+    good: u32,
+    /// Among so many rows from here on one was refused.
+    suspects: Option<i64>,
+}
+
+impl Pace {
+    /// Starts at the full size.
+    pub fn new(most: i64) -> Self {
+        let most = most.max(1);
+        Self { most, size: most, good: 0, suspects: None }
+    }
+
+    /// How many rows the next batch takes, if `left` are left of the limit.
+    pub fn next(&self, left: i64) -> i64 {
+        self.suspects.map_or(self.size, |suspects| (suspects / 2).max(1)).min(left)
+    }
+
+    /// Whether the next row is taken by itself, in a way that tells its key.
+    pub fn alone(&self) -> bool {
+        match self.suspects {
+            Some(suspects) => suspects <= 3,
+            None => self.size == 1 && self.most > 1,
+        }
+    }
+
+    /// A batch of `rows` went well.
+    pub fn went_well(&mut self, rows: i64) {
+        if let Some(suspects) = self.suspects {
+            self.suspects = Some(suspects - rows).filter(|left| *left > 0);
+            return;
+        }
+        self.good += 1;
+        if self.good >= GOOD {
+            (self.size, self.good) = ((self.size * 2).min(self.most), 0);
+        }
+    }
+
+    /// The server was too busy for a batch of `rows`.
+    pub fn was_busy(&mut self, rows: i64) {
+        (self.size, self.good, self.suspects) = ((rows / 2).max(1), 0, None);
+    }
+
+    /// The server refused a row among `rows`.
+    pub fn was_refused(&mut self, rows: i64) {
+        self.suspects = Some(rows.max(1));
+    }
+
+    /// A row was stepped over: what comes behind it is under no suspicion.
+    pub fn stepped_over(&mut self) {
+        self.suspects = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Pace;
+
+    /// Plays a sweep of `rows` rows of which those in `poison` are refused: the rows named, in order, and how many
+    /// statements that took.
+    fn play(rows: i64, poison: &[i64], batch: i64) -> (Vec<i64>, i64) {
+        let (mut pace, mut at, mut statements, mut named) = (Pace::new(batch), 0, 0, vec![]);
+        while at < rows {
+            let (alone, size) = (pace.alone(), pace.next(i64::MAX));
+            let size = if alone { 1 } else { size };
+            statements += 1;
+            if !(at..at + size).any(|row| poison.contains(&row)) {
+                at += size;
+                pace.went_well(size);
+            } else if alone {
+                named.push(at);
+                at += 1;
+                pace.stepped_over();
+            } else {
+                pace.was_refused(size);
+            }
+        }
+        (named, statements)
+    }
+
+    #[test]
+    fn every_refused_row_is_named_at_the_cost_of_a_bisection() {
+        for batch in [1_i64, 2, 3, 10, 1000, 10_000] {
+            let cost = i64::from(batch.ilog2()) + 3;
+            for poison in [0, 1, 2, 499, 500, 731, 999, 1500, 1999] {
+                let (named, statements) = play(2000, &[poison], batch);
+                assert_eq!(named, [poison], "batches of {batch}");
+                let without = 2000 / batch + 1;
+                assert!(statements <= without + cost, "row {poison}, batches of {batch}: {statements}");
+            }
+        }
+        assert_eq!(play(3000, &[5, 6, 7, 1200, 2999], 1000).0, [5, 6, 7, 1200, 2999]);
+    }
+
+    #[test]
+    fn a_busy_server_gets_halves_and_three_good_ones_double() {
+        let mut pace = Pace::new(1000);
+        let mut sizes = vec![];
+        for busy in [true, true, false, false, false, false, false, false, false] {
+            let size = pace.next(i64::MAX);
+            sizes.push(size);
+            if busy { pace.was_busy(size) } else { pace.went_well(size) }
+        }
+        sizes.push(pace.next(i64::MAX));
+        assert_eq!(sizes, [1000, 500, 250, 250, 250, 500, 500, 500, 1000, 1000]);
+        assert_eq!(pace.next(7), 7);
+    }
+
+    #[test]
+    fn at_size_one_a_busy_row_stands_alone() {
+        let mut pace = Pace::new(4);
+        for _ in 0..3 {
+            assert!(!pace.alone());
+            pace.was_busy(pace.next(i64::MAX));
+            if pace.next(i64::MAX) == 1 {
+                break;
+            }
+        }
+        assert!(pace.alone());
+    }
+}
