@@ -6,6 +6,9 @@
 mod chart;
 mod cli;
 mod controller;
+mod faults;
 mod fixtures;
+mod poison;
+mod shapes;
 mod specs;
 mod sweep;

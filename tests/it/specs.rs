@@ -2,7 +2,9 @@
 //! verdicts and the defaults are the same.
 
 use audit_log_sweeper::api::manifest;
-use audit_log_sweeper::api::status::{AuditLogSweeperStatus, Backlog, LastError, LastSweep, Outcome, Totals, Trigger};
+use audit_log_sweeper::api::status::{
+    AuditLogSweeperStatus, Backlog, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger, Unsweepable,
+};
 use audit_log_sweeper::api::{AuditLogSweeper, AuditLogSweeperSpec, ConditionType, Reason, Verdict, conditions};
 use chrono::DateTime;
 use kube::Resource;
@@ -10,8 +12,10 @@ use kube::api::{ApiResource, PostParams};
 use kube::core::DynamicObject;
 use serde_json::{Value, json};
 use support::process::output;
+use support::wait::eventually;
 
 use crate::fixtures::Operator;
+use crate::fixtures::operator::PATIENCE;
 
 fn object(fields: &Value) -> Value {
     let mut spec = json!({ "database": { "secretRef": { "name": "db" } } });
@@ -39,7 +43,7 @@ fn accepted() -> Vec<Value> {
         json!({ "statementTimeout": "100ms", "deadline": "1s" }),
         json!({ "statementTimeout": "1s", "deadline": "1s" }),
         json!({ "statementTimeout": "1h", "deadline": "24h" }),
-        json!({ "suspend": true }),
+        json!({ "suspend": true, "mode": "Observe" }),
     ]
 }
 
@@ -117,7 +121,7 @@ fn refused() -> Vec<(Value, &'static str, &'static str)> {
         (json!({ "deadline": "25h" }), "spec.deadline", duration),
         (json!({ "suspend": "yes" }), "spec.suspend", ""),
         (json!({ "timeOut": "4h" }), "spec.timeOut", "unknown field"),
-        (json!({ "mode": "Observe" }), "spec.mode", "unknown field"),
+        (json!({ "mode": "observe" }), "spec.mode", ""),
     ]
 }
 
@@ -205,6 +209,12 @@ async fn a_maximal_status_is_accepted() {
             batches: i64::MAX,
         }),
         backlog: Some(Backlog::new(i64::MAX, i64::MAX - 1, Some(now))),
+        unsweepable: Some(Unsweepable {
+            count: i64::MAX,
+            ids: vec!["x".repeat(36); 10],
+            resume_after: Some(ResumeAfter { time_started: "x".repeat(40), id: Some("x".repeat(36)) }),
+        }),
+        clock_skew_milliseconds: Some(i64::MIN),
         totals: Some(Totals { sweeps: i64::MAX, failures: i64::MAX, timed_out: i64::MAX }),
         consecutive_failures: i32::MAX,
         last_error: Some(LastError::new(*longest_reason(), &text, now)),
@@ -222,7 +232,11 @@ fn longest_reason() -> &'static Reason {
 #[tokio::test]
 async fn explain_reads_as_a_manual() {
     let operator = Operator::absent().await;
-    let text = output(operator.kubectl().args(["explain", "als.spec.timeout"])).unwrap();
+    // The API server publishes the descriptions a moment after the type.
+    let text = eventually("the manual", PATIENCE, async || {
+        output(operator.kubectl().args(["explain", "als.spec.timeout"])).map_err(|error| error.to_string())
+    })
+    .await;
     let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(text.contains("FIELD: timeout <string>"), "{text}");
     assert!(text.contains("How old an incomplete row must be to be completed: from 1m to 87600h"), "{text}");

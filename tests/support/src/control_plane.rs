@@ -217,7 +217,8 @@ impl ControlPlane {
     pub fn helm(&self) -> Command {
         let home = self.scratch.path().join("helm");
         let mut helm = Command::new(&self.tools.helm);
-        helm.env("KUBECONFIG", &self.admin_kubeconfig).env("KUBECACHEDIR", self.scratch.path().join("kubectl"));
+        // Not kubectl's cache: `kubectl explain` would believe what Helm saw before it installed a new type.
+        helm.env("KUBECONFIG", &self.admin_kubeconfig).env("KUBECACHEDIR", home.join("kube"));
         helm.env("HELM_CACHE_HOME", home.join("cache")).env("HELM_CONFIG_HOME", home.join("config"));
         helm.env("HELM_DATA_HOME", home.join("data"));
         helm

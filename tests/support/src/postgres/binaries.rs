@@ -68,7 +68,8 @@ impl Binaries {
         }
         places.extend(output(Command::new("pg_config").arg("--bindir")).map(|folder| PathBuf::from(folder.trim())));
         places.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
-        let found = places.into_iter().filter_map(Binaries::look_in);
+        // Of equals the last one is taken: what is on the PATH is often a link to one of the others.
+        let found = places.into_iter().rev().filter_map(Binaries::look_in);
         found
             .filter(|found| wish.map_or(found.major() >= OLDEST_MAJOR, |major| major == found.major()))
             .max_by_key(Binaries::major)

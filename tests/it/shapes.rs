@@ -1,0 +1,180 @@
+//! Any table of the shape: other keys, names, types and triggers; never a row beside the chosen ones.
+
+use audit_log_sweeper::api::status::Outcome;
+use serde_json::{Value, json};
+
+use crate::fixtures::Log;
+
+/// A table with hostile names everywhere, whose key has this type.
+const SCHEMA: &str = "Au\"dit.Log; --";
+const TABLE: &str = "select \"*\" from $$x$$";
+
+async fn hostile(key: &str, kind: &str) -> Log {
+    let log = Log::empty().await;
+    let (schema, table) = (quoted(SCHEMA), quoted(TABLE));
+    log.run(&format!(
+        "CREATE SCHEMA {schema}; CREATE TYPE public.outcome AS ENUM ('ok', 'timed out'); \
+         CREATE TABLE {schema}.{table} (\"Key\" {key} PRIMARY KEY, \"Time.Started\" timestamptz NOT NULL, \
+           \"completed 'at'\" timestamptz, \"Kind\" {kind}, \"Status\" int, \"Note\" text DEFAULT 'running'); \
+         CREATE INDEX ON {schema}.{table} (\"Time.Started\", \"Key\") WHERE \"completed 'at'\" IS NULL"
+    ))
+    .await;
+    log
+}
+
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+fn spec(more: Value) -> Value {
+    let mut spec = json!({
+        "schema": SCHEMA, "table": TABLE,
+        "columns": { "id": "Key", "timeStarted": "Time.Started", "timeCompleted": "completed 'at'" },
+        "complete": [{ "column": "Kind", "value": "timed out" }, { "column": "Status", "value": "-504" }, { "column": "Note", "setNull": true }],
+    });
+    spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    spec
+}
+
+#[tokio::test]
+async fn keys_of_every_type_hostile_names_enum_and_text_kinds() {
+    let keys = [
+        ("uuid", "md5(n::text)::uuid"),
+        ("bigint", "-n"),
+        ("text", "'it''s \\ \"' || n"),
+        ("text COLLATE \"en-x-icu\"", "CASE n WHEN 1 THEN 'B' WHEN 2 THEN 'a' WHEN 3 THEN 'Ä' ELSE 'z' || n END"),
+    ];
+    for (key, value) in keys {
+        for kind in ["public.outcome", "text"] {
+            let log = hostile(key, kind).await;
+            let table = format!("{}.{}", quoted(SCHEMA), quoted(TABLE));
+            // Six start together, so that the order within is the key's own.
+            log.run(&format!(
+                "INSERT INTO {table} (\"Key\", \"Time.Started\") SELECT {value}, '2020-01-01' FROM generate_series(1, 6) AS n; \
+                 INSERT INTO {table} (\"Key\", \"Time.Started\") SELECT {value}, clock_timestamp() FROM generate_series(7, 8) AS n"
+            ))
+            .await;
+            let chosen = format!(
+                "SELECT \"Key\" FROM {table} WHERE \"Time.Started\" < '2021-01-01' ORDER BY \"Time.Started\", \"Key\" LIMIT 4"
+            );
+            let chosen = log.query(&chosen).await;
+            let report = log.sweep(spec(json!({ "limit": 4, "batchSize": 2 }))).await;
+            assert_eq!((report.timed_out, report.error.map(|e| e.to_string())), (4, None), "{key} {kind}");
+            let swept = format!(
+                "SELECT \"Key\" FROM {table} WHERE \"completed 'at'\" IS NOT NULL ORDER BY \"Time.Started\", \"Key\""
+            );
+            assert_eq!(log.query(&swept).await, chosen, "{key} {kind}");
+            assert_eq!(
+                log.query(&format!("SELECT DISTINCT \"Kind\"::text, \"Status\", \"Note\" FROM {table} WHERE \"completed 'at'\" IS NOT NULL")).await,
+                ["timed out|-504|NULL"]
+            );
+            let rest = log.sweep(spec(json!({ "batchSize": 1 }))).await;
+            assert_eq!((rest.timed_out, rest.outcome()), (2, Outcome::Drained), "{key} {kind}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn no_name_and_no_value_can_be_anything_but_itself() {
+    // Names that would end a quotation or a statement, or that PostgreSQL would fold.
+    let names = [
+        "x\" = 1; DROP TABLE victim; --",
+        "x'); DROP TABLE victim; --",
+        "\\",
+        "$1",
+        "a\nb",
+        "/*",
+        "NULL",
+        "ÄÖ\u{200d}",
+        "%s",
+        "E'",
+    ];
+    let values = [
+        "'; DROP TABLE victim; --",
+        "\\'; DROP TABLE victim; --",
+        "$$",
+        "it's",
+        "\\",
+        "\n",
+        "",
+        "NULL",
+        "now()",
+        "\u{1F600}",
+    ];
+    let log = Log::empty().await;
+    log.run("CREATE TABLE victim ()").await;
+    for (name, value) in names.iter().zip(values) {
+        let column = quoted(name);
+        log.run(&format!(
+            "CREATE TABLE {column} (id int8 PRIMARY KEY, started timestamptz NOT NULL, {column} timestamptz, kind text); \
+             INSERT INTO {column} VALUES (1, '2020-01-01')"
+        ))
+        .await;
+        let report = log
+            .sweep(json!({
+                "table": name, "columns": { "timeStarted": "started", "timeCompleted": name },
+                "complete": [{ "column": "kind", "value": value }],
+            }))
+            .await;
+        assert_eq!((report.timed_out, report.error.map(|e| e.to_string())), (1, None), "{name:?}");
+        let stored = log.client.query_one(&format!("SELECT kind FROM {column}"), &[]).await.unwrap();
+        assert_eq!(stored.get::<_, &str>(0), value, "{name:?}");
+    }
+    log.run("SELECT FROM victim").await;
+}
+
+#[tokio::test]
+async fn partitions_with_the_same_ids_never_lose_a_row_beside_the_chosen_ones() {
+    let log = Log::empty().await;
+    log.run(
+        "CREATE TABLE audit_log (id uuid, time_started timestamptz, time_completed timestamptz, result_kind text, \
+           PRIMARY KEY (id, time_started)) PARTITION BY RANGE (time_started); \
+         CREATE TABLE p1 PARTITION OF audit_log FOR VALUES FROM (MINVALUE) TO ('2020-01-01'); \
+         CREATE TABLE p2 PARTITION OF audit_log FOR VALUES FROM ('2020-01-01') TO ('2021-01-01'); \
+         CREATE TABLE p3 PARTITION OF audit_log DEFAULT; \
+         CREATE INDEX ON audit_log (time_started, id) WHERE time_completed IS NULL; \
+         INSERT INTO audit_log SELECT md5(n::text)::uuid, day FROM generate_series(1, 10) AS n, \
+           unnest(ARRAY['2019-06-01', '2020-06-01', clock_timestamp()::text]::timestamptz[]) AS day; \
+         UPDATE audit_log SET time_completed = '2020-07-01', result_kind = 'success' WHERE time_started = '2020-06-01' AND id < '80000000-0000-0000-0000-000000000000'",
+    )
+    .await;
+    let complete = log.query("SELECT t::text FROM audit_log t WHERE result_kind = 'success' ORDER BY 1").await;
+    assert!(!complete.is_empty() && complete.len() < 10);
+    let stale = 20 - i64::try_from(complete.len()).unwrap();
+    for limit in [3, 4] {
+        let chosen = log.query(&format!("SELECT time_started, id FROM audit_log WHERE time_completed IS NULL ORDER BY time_started, id LIMIT {limit}")).await;
+        let before = log
+            .query("SELECT time_started, id FROM audit_log WHERE result_kind = 'timeout' ORDER BY time_started, id")
+            .await;
+        let report = log.sweep(json!({ "limit": limit, "batchSize": 2 })).await;
+        assert_eq!(report.timed_out, limit);
+        let after = log
+            .query("SELECT time_started, id FROM audit_log WHERE result_kind = 'timeout' ORDER BY time_started, id")
+            .await;
+        assert_eq!(after, [before, chosen].concat());
+    }
+    assert_eq!(log.sweep(json!({})).await.timed_out, stale - 7);
+    assert_eq!(log.query("SELECT t::text FROM audit_log t WHERE result_kind = 'success' ORDER BY 1").await, complete);
+    assert_eq!(log.query("SELECT count(*) FROM audit_log WHERE time_completed IS NULL").await, ["10"]);
+}
+
+#[tokio::test]
+async fn statistics_that_do_not_know_of_the_backlog_keep_the_index_plan() {
+    let log = Log::new().await;
+    log.run(
+        "INSERT INTO audit_log (id, time_started, request_id, request_uri, operation_id, source_ip, actor_kind, time_completed, result_kind, http_status_code) \
+         SELECT md5(n::text)::uuid, clock_timestamp() - n * interval '1 min', 'r', '/', 'op', '::1', 'unauthenticated', clock_timestamp(), 'success', 200 \
+         FROM generate_series(1, 5000) AS n; ANALYZE audit_log",
+    )
+    .await;
+    log.start_many(300).await;
+    // The server tells the plan of every statement that takes longer than 0 ms, but only to a superuser: EXPLAIN then.
+    let job = log.job(json!({}));
+    let explain = audit_log_sweeper::sweep::statement::explain(&job.plan, std::time::Duration::from_secs(5));
+    let plan = log.query(&explain).await.join("\n");
+    assert!(plan.contains("Index Only Scan") || plan.contains("Index Scan"), "{plan}");
+    for bad in ["Seq Scan on audit_log", "Bitmap", "Hash Join", "Merge Join"] {
+        assert!(!plan.contains(bad), "{bad}: {plan}");
+    }
+    assert_eq!(log.sweep(json!({})).await.timed_out, 300);
+}
