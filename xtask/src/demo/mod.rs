@@ -45,7 +45,7 @@ pub fn run(keep: bool) -> anyhow::Result<()> {
     }
     let tools = Tools::ensure()?;
     let binaries = Binaries::ensure()?;
-    let operator = build_operator("release")?;
+    let operator = build_operator("dev")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         tokio::select! {
