@@ -1,14 +1,11 @@
 //! The tests that need real parts: one binary, so that they share one control plane and one PostgreSQL server.
 
 // All of it is tests; clippy.toml allows these only in functions that are marked as such.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 
 mod chart;
 mod cli;
 mod controller;
-mod faults;
+mod database;
 mod fixtures;
-mod poison;
-mod shapes;
 mod specs;
-mod sweep;

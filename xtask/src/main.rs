@@ -2,6 +2,8 @@
 
 mod demo;
 mod generate;
+mod history;
+mod mutants;
 mod test;
 
 use anyhow::Context;
@@ -22,6 +24,9 @@ struct Cli {
 enum Task {
     /// Run all tests on a real API server and PostgreSQL, and see that nothing is left behind
     Test {
+        /// Run the database suite alone, on this major version of PostgreSQL (13 to 18)
+        #[arg(long, value_name = "MAJOR")]
+        postgres: Option<u32>,
         /// Passed on to `cargo test`
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -32,6 +37,15 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Play a history of writers, sweepers and killed backends, and check every promise on it
+    History {
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+    /// Break the sweep, one promise at a time, and see that a test notices
+    Mutants,
     /// Watch the operator sweep: installs the chart, fills a table, and checks every sweep
     Demo {
         /// Leave everything running until Ctrl-C, to try more
@@ -42,7 +56,9 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Task::Test { arguments } => test::run(&arguments),
+        Task::Test { postgres, arguments } => test::run(postgres, &arguments),
+        Task::History { seconds, seed } => history::run(seconds, seed),
+        Task::Mutants => mutants::run(),
         Task::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
         Task::Demo { keep } => demo::run(keep).map(|()| ExitCode::SUCCESS),
     };

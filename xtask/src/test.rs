@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
+use support::bouncer;
 use support::postgres::Binaries;
 use support::process::output;
 use support::scratch::Scratch;
@@ -16,17 +17,40 @@ use support::tools::Tools;
 /// Servers get a signal when the tests end; this is how long they may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-pub fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
+pub fn run(major: Option<u32>, arguments: &[String]) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     Tools::ensure()?;
-    let postgres = Binaries::ensure()?;
+    let postgres = match major {
+        Some(major) => Binaries::of_major(major)?,
+        None => Binaries::ensure()?,
+    };
     println!("PostgreSQL {} in {}", postgres.version, postgres.folder.display());
 
     let temporary = Scratch::new(None)?;
     // As root, PostgreSQL runs as another user, who has to get to its folder in there.
     fs::set_permissions(temporary.path(), Permissions::from_mode(0o711))?;
     let mut tests = cargo();
-    tests.args(["test", "--workspace", "--locked"]).args(arguments).env("TMPDIR", temporary.path());
+    tests.args(["test", "--locked"]).env("TMPDIR", temporary.path());
+    match major {
+        Some(major) => {
+            tests.args(["--test", "it"]).env("AUDIT_LOG_SWEEPER_POSTGRES", major.to_string());
+        }
+        None => {
+            tests.arg("--workspace");
+        }
+    }
+    tests.args(arguments);
+    // Tests that need what is not everywhere are ignored by themselves, and counted as that.
+    let bouncer = bouncer::installed().is_some();
+    if !bouncer {
+        println!(
+            "NOT RUN: the tests through PgBouncer, which is not installed (Debian and Ubuntu: `apt-get install pgbouncer`)"
+        );
+    }
+    if !arguments.iter().any(|argument| argument == "--") {
+        tests.arg("--");
+    }
+    tests.args(major.map(|_| "database::")).args(bouncer.then_some("--include-ignored"));
     let status = tests.status().context("cargo cannot be started")?;
 
     let left = left_behind(temporary.path())?;

@@ -206,7 +206,7 @@ async fn a_right_revoked_or_a_table_replaced_midway_counts_what_was_done() {
     let log = Log::new().await;
     let server = support::postgres::shared();
     let admin = server.connect(&log.database.name).await.unwrap();
-    admin.batch_execute(include_str!("../../manifests/sql/role.sql")).await.unwrap();
+    admin.batch_execute(include_str!("../../../manifests/sql/role.sql")).await.unwrap();
     log.start_many(300).await;
     log.before_update("PERFORM pg_sleep(0.02);").await;
     let login = format!("{}_sweeper", log.database.user);

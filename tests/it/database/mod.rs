@@ -1,0 +1,8 @@
+//! The suite for the sweep on a real server; `cargo xtask test --postgres MAJOR` runs it on any version.
+
+mod bouncer;
+mod faults;
+mod history;
+mod poison;
+mod shapes;
+mod sweep;

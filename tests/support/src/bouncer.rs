@@ -1,0 +1,68 @@
+//! A real PgBouncer in transaction mode before one database, where one is installed.
+
+use crate::free_port;
+use crate::postgres::Database;
+use crate::process::{Account, Process, Program};
+use crate::scratch::Scratch;
+use anyhow::Context;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio_postgres::{Client, NoTls};
+
+/// It ends with the value; the order of the fields is the order in which it does.
+pub struct Bouncer {
+    process: Process,
+    _scratch: Scratch,
+    uri: String,
+}
+
+/// Where it is installed, if it is. Debian puts it where ordinary users do not look.
+pub fn installed() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin"), PathBuf::from("/usr/local/sbin")]);
+    folders.map(|folder| folder.join("pgbouncer")).find(|program| program.is_file())
+}
+
+impl Bouncer {
+    /// Starts it with one server connection for all clients, so that whatever one of them leaves behind is seen.
+    pub async fn start(database: &Database) -> anyhow::Result<Bouncer> {
+        let program = installed().context("PgBouncer is needed (Debian and Ubuntu: `apt-get install pgbouncer`)")?;
+        // It refuses to run as root.
+        let account = Account::unprivileged()?;
+        let scratch = Scratch::new(account)?;
+        let port = free_port()?;
+        let Database { name, host, port: server, user, password, .. } = database;
+        let users = scratch.write("users.txt", format!("\"{user}\" \"{password}\"\n"), account)?;
+        let settings = format!(
+            "[databases]\n{name} = host={host} port={server} dbname={name}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+             listen_port = {port}\nunix_socket_dir =\nauth_type = scram-sha-256\nauth_file = {}\npool_mode = transaction\n\
+             default_pool_size = 1\nmax_client_conn = 50\n",
+            users.display()
+        );
+        let settings = scratch.write("pgbouncer.ini", settings, account)?;
+        let program = Program { account, ..Program::new("pgbouncer", program) }.arg(settings);
+        let bouncer = Bouncer {
+            process: program.start(&scratch)?,
+            _scratch: scratch,
+            uri: format!("postgresql://{user}:{password}@127.0.0.1:{port}/{name}"),
+        };
+        let end = tokio::time::Instant::now() + Duration::from_secs(10);
+        while let Err(error) = bouncer.client().await {
+            anyhow::ensure!(tokio::time::Instant::now() < end, "{error:#}\n{}", bouncer.process.log_tail(20));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(bouncer)
+    }
+
+    /// Where the database is reached through it.
+    pub fn uri(&self) -> String {
+        self.uri.clone()
+    }
+
+    /// A client of it.
+    pub async fn client(&self) -> anyhow::Result<Client> {
+        let (client, connection) = tokio_postgres::connect(&self.uri, NoTls).await?;
+        tokio::spawn(connection);
+        Ok(client)
+    }
+}

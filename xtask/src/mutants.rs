@@ -1,0 +1,114 @@
+//! `cargo xtask mutants`: breaks the sweep on purpose, one promise at a time, and sees that a test notices.
+
+use crate::root;
+use anyhow::{Context, ensure};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use support::process::output;
+use support::scratch::Scratch;
+
+/// A change to the code, and whether the database suite must notice it.
+struct Mutant {
+    name: &'static str,
+    file: &'static str,
+    /// What is replaced by what.
+    edits: &'static [(&'static str, &'static str)],
+    /// The tests that are run.
+    tests: &'static [&'static str],
+    noticed: bool,
+}
+
+const GUARD: (&str, &str) = ("AND (t.{time_completed} IS NULL) IS TRUE ", "");
+const LOCK: (&str, &str) = (" LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED)", " LIMIT {size})");
+const STATEMENT: &str = "src/sweep/statement.rs";
+const RUN: &str = "src/sweep/run.rs";
+
+const MUTANTS: [Mutant; 7] = [
+    Mutant {
+        name: "neither guard nor lock clause",
+        file: STATEMENT,
+        edits: &[GUARD, LOCK],
+        tests: &["database::history", "database::sweep::a_completion_in_flight"],
+        noticed: true,
+    },
+    Mutant {
+        name: "join on the id alone",
+        file: STATEMENT,
+        edits: &[("t.{time_started} = stale.{time_started} AND t.{id} = stale.{id}", "t.{id} = stale.{id}")],
+        tests: &["database::sweep::the_same_id", "database::shapes::partitions"],
+        noticed: true,
+    },
+    Mutant {
+        name: "a lost COMMIT taken as not done",
+        file: RUN,
+        edits: &[("Some(receipt) => match self.find_out(receipt).await {", "Some(_) => match Some(false) {")],
+        tests: &["database::faults::a_lost_answer", "database::faults::a_commit_that_waits"],
+        noticed: true,
+    },
+    Mutant {
+        name: "the end judged by updated rows",
+        file: RUN,
+        edits: &[("if batch.selected < size {", "if batch.completed < size {")],
+        tests: &["database::sweep::batches_go_on"],
+        noticed: true,
+    },
+    Mutant {
+        name: "no cursor from batch to batch",
+        file: RUN,
+        edits: &[("cursor = batch.cursor.or(cursor);", "")],
+        tests: &["database::sweep::batches_go_on"],
+        noticed: true,
+    },
+    Mutant {
+        name: "the guard alone removed",
+        file: STATEMENT,
+        edits: &[GUARD],
+        tests: &["database::history", "database::sweep::a_completion_in_flight"],
+        // The lock clause checks its own WHERE again; the guard is the promise, the lock the manners.
+        noticed: false,
+    },
+    Mutant {
+        name: "the lock clause alone removed",
+        file: STATEMENT,
+        edits: &[LOCK],
+        tests: &["database::history"],
+        noticed: false,
+    },
+];
+
+pub fn run() -> anyhow::Result<ExitCode> {
+    let scratch = Scratch::new(None)?;
+    let copy = scratch.path().join("copy");
+    output(Command::new("git").arg("clone").arg("--quiet").arg(root()).arg(&copy))?;
+    let mut wrong = 0;
+    for mutant in &MUTANTS {
+        let path = copy.join(mutant.file);
+        let code = fs::read_to_string(&path)?;
+        let mut broken = code.clone();
+        for (from, to) in mutant.edits {
+            ensure!(broken.contains(from), "{} has changed: mend the mutant {:?}", mutant.file, mutant.name);
+            broken = broken.replace(from, to);
+        }
+        fs::write(&path, &broken)?;
+        let noticed = !passes(&copy, mutant.tests)?;
+        fs::write(&path, &code)?;
+        let verdict = if noticed { "red" } else { "green" };
+        let right = noticed == mutant.noticed;
+        wrong += usize::from(!right);
+        println!("{:<5} {:<7} {}", verdict, if right { "as due" } else { "WRONG" }, mutant.name);
+    }
+    Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Whether the tests pass on the copy. A mutant that does not compile is no mutant.
+fn passes(copy: &Path, tests: &[&str]) -> anyhow::Result<bool> {
+    let cargo = || {
+        let mut cargo = Command::new("cargo");
+        cargo.current_dir(copy).env("CARGO_TARGET_DIR", root().join("target/mutants"));
+        cargo
+    };
+    output(cargo().args(["test", "--quiet", "--locked", "--no-run", "--test", "it"]))?;
+    let run = cargo().args(["test", "--quiet", "--locked", "--test", "it", "--"]).args(tests).output();
+    Ok(run.context("cargo cannot be started")?.status.success())
+}
