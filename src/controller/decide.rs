@@ -50,7 +50,10 @@ pub fn decide(
     let next = match status.next_schedule_time {
         Some(next) if plausible(next, now, subject) => Some(next),
         // The period was shortened, or a hand set the time, or a clock has jumped since.
-        Some(_) if observed => status.last_attempt_time.map(|last| subject.grid().after(last.min(now), last.min(now))),
+        Some(_) if observed => {
+            let last = status.last_attempt_time.filter(|last| *last <= now);
+            last.map(|last| subject.grid().after(last, last))
+        }
         Some(_) if ends_a_failure => None,
         Some(_) => return Decision::Preflight,
         None => None,
@@ -94,4 +97,214 @@ fn sweep(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus, 
     let schedule_time = grid.latest(now).max(due).min(now);
     let trigger = if status.last_attempt_time.is_none() { Trigger::Create } else { Trigger::Schedule };
     Decision::Sweep(Slot { schedule_time: whole_seconds(schedule_time), trigger, limit, continues: None })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::api::Reason;
+    use crate::controller::outcome::{Failure, Update};
+    use crate::sweep::report::Ended;
+    use crate::sweep::{Class, Report};
+
+    fn at(second: i64) -> DateTime<Utc> {
+        DateTime::from_timestamp(1_800_000_000 + second, 0).unwrap()
+    }
+
+    fn subject(generation: i64, spec: serde_json::Value) -> Subject {
+        let mut whole = json!({ "database": { "secretRef": { "name": "db" } } });
+        whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+        let uid = "0f8fad5b-d9cb-469f-a165-70867728950e".into();
+        Subject { uid, generation, spec: serde_json::from_value(whole).unwrap() }
+    }
+
+    fn done(timed_out: i64) -> Result<Report, Failure> {
+        Ok(Report { timed_out, ended: Some(Ended::Drained), ..Report::default() })
+    }
+
+    fn failed() -> Result<Report, Failure> {
+        let message = "gone".into();
+        Err(Failure { reason: Reason::DatabaseUnreachable, message, class: Class::Transient, reachable: Some(false) })
+    }
+
+    /// What the controller would do with this decision, taking `seconds`; the status that follows.
+    fn act(
+        decision: Decision,
+        subject: &Subject,
+        status: &AuditLogSweeperStatus,
+        now: DateTime<Utc>,
+        seconds: i64,
+        result: Result<Report, Failure>,
+    ) -> AuditLogSweeperStatus {
+        let end = now + TimeDelta::seconds(seconds);
+        let update = match decision {
+            Decision::Acknowledge => Update::Acknowledged { now },
+            Decision::Suspend => Update::Suspended { now },
+            Decision::Preflight => Update::Preflight { now, result: Ok(()) },
+            Decision::Sweep(slot) => Update::Sweep { slot, start: now, end, result: Box::new(result) },
+            Decision::Wait(_) => return status.clone(),
+        };
+        update.apply(subject, status)
+    }
+
+    fn swept_once(subject: &Subject) -> AuditLogSweeperStatus {
+        let new = AuditLogSweeperStatus { observed_generation: Some(-1), ..Default::default() };
+        assert_eq!(decide(at(0), subject, &new, None), Decision::Acknowledge);
+        let seen = act(Decision::Acknowledge, subject, &new, at(0), 0, done(0));
+        let decision = decide(at(0), subject, &seen, None);
+        assert!(matches!(&decision, Decision::Sweep(slot) if slot.trigger == Trigger::Create), "{decision:?}");
+        act(decision, subject, &seen, at(0), 1, done(0))
+    }
+
+    #[test]
+    fn a_new_object_is_acknowledged_then_swept_then_waits_for_its_slot() {
+        let subject = subject(1, json!({}));
+        let status = swept_once(&subject);
+        let next = status.next_schedule_time.unwrap();
+        assert_eq!(decide(at(2), &subject, &status, None), Decision::Wait(Some(next)));
+        let Decision::Sweep(slot) = decide(next, &subject, &status, None) else { panic!("not due at its slot") };
+        assert_eq!((slot.schedule_time, slot.trigger, slot.limit), (next, Trigger::Schedule, 1000));
+    }
+
+    #[test]
+    fn however_long_it_was_down_it_sweeps_once_for_the_latest_slot() {
+        let subject = subject(1, json!({}));
+        let status = swept_once(&subject);
+        let late = at(100 * 600);
+        let decision = decide(late, &subject, &status, None);
+        let Decision::Sweep(slot) = &decision else { panic!("{decision:?}") };
+        assert!(late - slot.schedule_time < TimeDelta::seconds(600));
+        let status = act(decision, &subject, &status, late, 1, done(0));
+        assert!(matches!(decide(late + TimeDelta::seconds(2), &subject, &status, None), Decision::Wait(Some(_))));
+    }
+
+    #[test]
+    fn what_is_remembered_holds_an_old_status_back() {
+        let subject = subject(1, json!({}));
+        let status = swept_once(&subject);
+        let next = status.next_schedule_time.unwrap();
+        let remembered = subject.grid().next(next);
+        assert_eq!(decide(next, &subject, &status, Some(remembered)), Decision::Wait(Some(remembered)));
+    }
+
+    #[test]
+    fn a_retry_continues_its_slot_with_what_is_left_of_the_limit() {
+        let subject = subject(1, json!({ "limit": 10 }));
+        let status = swept_once(&subject);
+        let slot_time = status.next_schedule_time.unwrap();
+        let report = || {
+            let error = Some(crate::sweep::Error::Timer { what: "a statement", after: std::time::Duration::ZERO });
+            Ok(Report { timed_out: 4, batches: 1, error, ..Report::default() })
+        };
+        let status = act(decide(slot_time, &subject, &status, None), &subject, &status, slot_time, 1, report());
+        let retry = status.next_schedule_time.unwrap();
+        assert!(retry - slot_time < TimeDelta::seconds(15), "{retry}");
+        let Decision::Sweep(slot) = decide(retry, &subject, &status, None) else { panic!("no retry") };
+        assert_eq!((slot.schedule_time, slot.limit), (slot_time, 6));
+        let status = act(Decision::Sweep(slot), &subject, &status, retry, 1, done(6));
+        let last = status.last_sweep.unwrap();
+        assert_eq!((last.timed_out, last.attempts, last.batches), (10, 2, 1));
+        assert_eq!(status.totals.unwrap().timed_out, 10);
+    }
+
+    #[test]
+    fn a_failed_sweep_that_used_its_limit_up_is_done_with_its_slot() {
+        let subject = subject(1, json!({ "limit": 4 }));
+        let status = swept_once(&subject);
+        let slot_time = status.next_schedule_time.unwrap();
+        let error = Some(crate::sweep::Error::Answer("x"));
+        let report = Ok(Report { timed_out: 4, error, ..Report::default() });
+        let status = act(decide(slot_time, &subject, &status, None), &subject, &status, slot_time, 1, report);
+        assert_eq!(status.next_schedule_time, Some(subject.grid().next(slot_time)));
+    }
+
+    #[test]
+    fn edits_are_looked_at_and_only_an_overdue_resume_or_the_end_of_a_failure_sweeps() {
+        let first = subject(1, json!({}));
+        let status = swept_once(&first);
+        let edited = subject(2, json!({ "limit": 5 }));
+        assert_eq!(decide(at(5), &edited, &status, None), Decision::Preflight);
+        let shorter = subject(2, json!({ "period": "5s" }));
+        assert_eq!(decide(at(1), &shorter, &status, None), Decision::Preflight);
+        let status_after = act(Decision::Preflight, &shorter, &status, at(1), 0, done(0));
+        let next = status_after.next_schedule_time.unwrap();
+        assert!(next > at(2) && next <= at(8), "{next}");
+
+        let suspended = subject(2, json!({ "suspend": true }));
+        assert_eq!(decide(at(5), &suspended, &status, None), Decision::Suspend);
+        let paused = act(Decision::Suspend, &suspended, &status, at(5), 0, done(0));
+        assert_eq!(decide(at(5000), &suspended, &paused, None), Decision::Wait(None));
+        let resumed = subject(3, json!({}));
+        assert_eq!(decide(at(10), &resumed, &paused, None), Decision::Preflight);
+        assert!(matches!(decide(at(5000), &resumed, &paused, None), Decision::Sweep(_)));
+
+        let slot = status.next_schedule_time.unwrap();
+        let broken = act(decide(slot, &first, &status, None), &first, &status, slot, 1, failed());
+        assert!(matches!(decide(slot + TimeDelta::seconds(2), &edited, &broken, None), Decision::Sweep(_)));
+    }
+
+    #[test]
+    fn a_time_that_no_slot_can_have_does_not_stop_the_schedule() {
+        let subject = subject(1, json!({}));
+        let good = swept_once(&subject);
+        for (next, last) in
+            [(at(10_000_000), Some(at(0))), (at(10_000_000), Some(at(20_000_000))), (at(10_000_000), None)]
+        {
+            let mut status = good.clone();
+            (status.next_schedule_time, status.last_attempt_time) = (Some(next), last);
+            let swept = (0..1200).any(|s| matches!(decide(at(s), &subject, &status, None), Decision::Sweep(_)));
+            assert!(swept, "never within two periods of {next} {last:?}");
+        }
+    }
+
+    #[test]
+    fn no_course_of_events_sweeps_too_often_or_stops_sweeping() {
+        for seed in 0..100 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let period = [5, 60, 600, 3600][random.usize(0..4)];
+            let subject = subject(1, json!({ "period": format!("{period}s") }));
+            let mut status = swept_once(&subject);
+            let (mut now, mut last, mut excused) = (at(1), at(0), TimeDelta::zero());
+            let (mut remembered, mut crashed) = (None, false);
+            for _ in 0..200 {
+                match decide(now, &subject, &status, remembered) {
+                    Decision::Wait(Some(next)) => {
+                        assert!(next > now, "seed {seed}: a wait until the past is a busy loop");
+                        // Woken by something else now and then, or down for a while.
+                        let down = TimeDelta::seconds(random.i64(0..3 * period));
+                        (now, excused) = match random.u8(0..10) {
+                            0 => (now + (next - now) / 2, excused),
+                            1 => (next + down, excused + down),
+                            _ => (next, excused),
+                        };
+                    }
+                    Decision::Sweep(slot) => {
+                        let gap = now - last;
+                        if slot.continues.is_none() && status.consecutive_failures == 0 && !crashed {
+                            assert!(
+                                gap * 2 > TimeDelta::seconds(period),
+                                "seed {seed}: {gap} after the last, period {period} s"
+                            );
+                        }
+                        assert!(gap - excused <= TimeDelta::seconds(2 * period), "seed {seed}: none for {gap}");
+                        let seconds = random.i64(0..period * 2);
+                        (last, excused) = (now, TimeDelta::seconds(seconds));
+                        let result = if random.u8(0..4) == 0 { failed() } else { done(1) };
+                        let new = act(Decision::Sweep(slot), &subject, &status, now, seconds, result);
+                        remembered = new.next_schedule_time;
+                        now += TimeDelta::seconds(seconds);
+                        match random.u8(0..8) {
+                            // Killed before the status was written: that sweep runs once more.
+                            0 => (remembered, crashed) = (None, true),
+                            1 => (status, remembered, crashed) = (new, None, false),
+                            _ => (status, crashed) = (new, false),
+                        }
+                    }
+                    other => panic!("seed {seed}: {other:?}"),
+                }
+            }
+        }
+    }
 }
