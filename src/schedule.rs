@@ -66,7 +66,9 @@ impl Grid {
     /// The slot after an edit at `now`: later than now, and not before half a period after the last attempt. Repeated
     /// edits cannot put it off: the slots stay where they are.
     pub fn after_edit(&self, last_attempt: Option<DateTime<Utc>>, now: DateTime<Utc>) -> DateTime<Utc> {
-        self.next(last_attempt.map_or(now, |last| (last + self.half()).max(now)))
+        // An attempt in the future is none: a clock has jumped back since.
+        let last = last_attempt.filter(|last| *last <= now);
+        self.next(last.map_or(now, |last| (last + self.half()).max(now)))
     }
 
     /// When to retry after failure number `failures` (from 1) of an attempt that ended at `end`: never later than the

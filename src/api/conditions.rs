@@ -70,8 +70,6 @@ reasons! {
     LimitReached,
     /// The last sweep went well until its deadline, which ended it.
     DeadlineReached,
-    /// The operator was stopped during the last sweep; the next one goes on.
-    Stopped,
     /// The last sweep went well; as the spec says, it only counted.
     Observed,
     /// The database, the table and the rights are as the spec needs them; no sweep is due yet.

@@ -62,6 +62,16 @@ pub fn decide(
     if now < due && !ends_a_failure {
         return if observed { Decision::Wait(Some(due)) } else { Decision::Preflight };
     }
+    // A failed preflight is followed by another one; only the slot itself brings a sweep.
+    let last_sweep_stands = status.last_sweep.as_ref().is_some_and(|last| !is_unfinished(last));
+    let before_the_slot = |last: DateTime<Utc>| now < subject.grid().after(last, last);
+    if observed
+        && status.consecutive_failures > 0
+        && last_sweep_stands
+        && status.last_attempt_time.filter(|last| *last <= now).is_some_and(before_the_slot)
+    {
+        return Decision::Preflight;
+    }
     if !observed && status.last_attempt_time.is_none() {
         return Decision::Acknowledge;
     }
@@ -73,17 +83,26 @@ fn plausible(time: DateTime<Utc>, now: DateTime<Utc>, subject: &Subject) -> bool
     time - now <= TimeDelta::milliseconds(subject.spec.period.as_millis()) * 3 / 2
 }
 
+/// Whether a later attempt continues this one: it failed, or was stopped with the operator.
+fn is_unfinished(last: &LastSweep) -> bool {
+    matches!(last.outcome, Outcome::Failed | Outcome::Stopped)
+}
+
 fn sweep(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus, due: DateTime<Utc>) -> Decision {
     let grid = subject.grid();
     let limit = i64::from(subject.spec.limit);
     let continues = status
         .last_sweep
         .as_ref()
-        .filter(|last| last.outcome == Outcome::Failed && last.schedule_time <= now)
+        .filter(|last| is_unfinished(last) && last.schedule_time <= now)
         .filter(|last| now < grid.after(last.schedule_time, last.schedule_time));
     if let Some(last) = continues {
-        let left = limit - last.timed_out;
-        if left <= 0 {
+        // The status may have been edited.
+        let left = limit - last.timed_out.clamp(0, limit);
+        if left == 0 && status.observed_generation != Some(subject.generation) {
+            return Decision::Preflight;
+        }
+        if left == 0 {
             return Decision::Wait(Some(grid.after(last.schedule_time, now)));
         }
         return Decision::Sweep(Slot {

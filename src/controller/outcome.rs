@@ -86,11 +86,16 @@ impl Update {
     /// The status that follows.
     pub fn apply(&self, subject: &Subject, old: &AuditLogSweeperStatus) -> AuditLogSweeperStatus {
         let mut status = old.clone();
+        if old.observed_generation != Some(subject.generation) {
+            // It may have been another table.
+            status.unsweepable = None;
+        }
         status.observed_generation = Some(subject.generation);
         let (now, verdicts) = match self {
             Self::Acknowledged { now } => (*now, pending()),
             Self::Suspended { now } => (*now, suspended()),
             Self::Preflight { now, result: Ok(()) } => {
+                status.consecutive_failures = 0;
                 status.next_schedule_time = Some(subject.grid().after_edit(old.last_attempt_time, *now));
                 (
                     *now,
@@ -107,7 +112,10 @@ impl Update {
             }
             Self::Sweep { slot, start, end, result } => (*end, swept(&mut status, subject, slot, *start, *end, result)),
         };
-        status.conditions = conditions::apply(&old.conditions, &verdicts, subject.generation, now);
+        // Without a verdict, as when the operator was stopped, what was said still stands.
+        if !verdicts.is_empty() {
+            status.conditions = conditions::apply(&old.conditions, &verdicts, subject.generation, now);
+        }
         status
     }
 
@@ -145,9 +153,9 @@ pub fn invalid(old: &AuditLogSweeperStatus, generation: i64, error: &str, now: D
 fn add_totals(status: &mut AuditLogSweeperStatus, result: &Result<Report, Failure>) {
     let failed = result.as_ref().map_or(true, |report| report.error.is_some());
     let totals = status.totals.get_or_insert_with(Totals::default);
-    totals.sweeps += 1;
-    totals.failures += i64::from(failed);
-    totals.timed_out += result.as_ref().map_or(0, |report| report.timed_out);
+    totals.sweeps = totals.sweeps.saturating_add(1);
+    totals.failures = totals.failures.saturating_add(i64::from(failed));
+    totals.timed_out = totals.timed_out.saturating_add(result.as_ref().map_or(0, |report| report.timed_out));
 }
 
 /// Lays an attempt over the status.
@@ -163,7 +171,7 @@ fn swept(
     let empty = Report::default();
     let report = result.as_ref().unwrap_or(&empty);
     let before = slot.continues.as_ref();
-    let sum = |count: fn(&LastSweep) -> i64, now: i64| before.map_or(0, count) + now;
+    let sum = |count: fn(&LastSweep) -> i64, now: i64| before.map_or(0, count).saturating_add(now);
     let sweep = LastSweep {
         schedule_time: whole_seconds(slot.schedule_time),
         start_time: whole_seconds(start),
@@ -202,19 +210,21 @@ fn swept(
             status.next_schedule_time = Some(next);
         }
         verdicts
+    } else if sweep.outcome == Outcome::Stopped {
+        // The next operator goes on with it at once, with what is left of its limit.
+        let left = sweep.timed_out < i64::from(subject.spec.limit);
+        status.next_schedule_time = Some(if left { whole_seconds(end) } else { next });
+        vec![]
     } else {
         status.consecutive_failures = 0;
         status.next_schedule_time = Some(next);
         status.backlog.clone_from(&report.backlog);
-        if sweep.outcome != Outcome::Stopped {
-            status.last_successful_time = Some(whole_seconds(end));
-        }
+        status.last_successful_time = Some(whole_seconds(end));
         let (reason, text) = match sweep.outcome {
             Outcome::LimitReached => (Reason::LimitReached, "stopped at the limit"),
             Outcome::DeadlineReached => (Reason::DeadlineReached, "stopped at the deadline"),
-            Outcome::Stopped => (Reason::Stopped, "stopped with the operator"),
             Outcome::Observed => (Reason::Observed, "only counted"),
-            Outcome::Drained | Outcome::Failed => (Reason::Swept, "no stale row is left"),
+            Outcome::Drained | Outcome::Failed | Outcome::Stopped => (Reason::Swept, "no stale row is left"),
         };
         let backlog = report.backlog.as_ref().filter(|backlog| backlog.remaining > 0);
         let left = backlog.map_or_else(String::new, |backlog| format!("; {} stale rows are left", backlog.display));
@@ -339,6 +349,12 @@ fn bounded(subject: &Subject, report: &Report) -> Verdict {
                  spec.limit or shorten spec.period",
                 whole_seconds(*oldest).format("%Y-%m-%dT%H:%M:%SZ")
             ),
+        ),
+        None if backlog.remaining > 0 => Verdict::new(
+            type_,
+            false,
+            Reason::FallingBehind,
+            format!("{display} stale rows are left, the oldest with a start time that no calendar has"),
         ),
         _ => Verdict::new(type_, true, Reason::WithinBound, "no stale row is older than timeout + 2 * period"),
     }

@@ -15,6 +15,7 @@ use super::outcome::{self, Subject, Update};
 use super::resolve::{ApiError, object, within};
 use crate::api::conditions::ConditionType;
 use crate::api::{AuditLogSweeper, AuditLogSweeperStatus};
+use crate::sweep::error::chain;
 
 /// The name under which the operator owns the fields of the status.
 const MANAGER: &str = "audit-log-sweeper";
@@ -49,6 +50,12 @@ pub async fn publish(
             Ok(written) => return Ok(Some(written)),
             Err(error) if error.code() == Some(404) => return Ok(None),
             Err(error) if error.code() == Some(409) => {}
+            // It would be refused for ever. Without what may be too long, it may pass; else only the counts are lost.
+            Err(error) if error.code() == Some(422) => {
+                tracing::error!(%namespace, name = base.name_any(), error = chain(&error), "the status was refused");
+                let reduced = AuditLogSweeperStatus { unsweepable: None, last_error: None, ..new };
+                return Ok(patch(client, &base.metadata, &json!(reduced)).await.ok());
+            }
             Err(error) => return Err(error),
         }
         match object(client, &namespace, &base.name_any()).await? {
@@ -57,7 +64,7 @@ pub async fn publish(
             _ => return Ok(None),
         }
     }
-    Err(ApiError::Timeout)
+    Err(ApiError::Conflict)
 }
 
 /// Server-side apply with the resourceVersion: without it, a write for an object that is gone would land on a new one

@@ -107,9 +107,13 @@ async fn pass(object: &AuditLogSweeper, uid: &str, context: &Context) -> Result<
     let judge = |object: &AuditLogSweeper, subject: &Subject| {
         decide(Utc::now(), subject, &object.status.clone().unwrap_or_default(), not_before)
     };
-    if let Decision::Wait(next) = judge(object, &Subject::new(object)) {
-        return Ok(Pass::Wait(next));
-    }
+    // Before the object is fetched: what is true now may not be when the sweep's turn comes.
+    let permit = match judge(object, &Subject::new(object)) {
+        Decision::Wait(next) => return Ok(Pass::Wait(next)),
+        // Only a closed semaphore refuses, and nobody closes it.
+        Decision::Sweep(_) => context.sweeps.acquire().await.ok(),
+        _ => None,
+    };
     // The watch may lag behind: act on the object as it is now.
     let namespace = object.namespace().unwrap_or_default();
     let object = match resolve::object(&context.client, &namespace, &object.name_any()).await? {
@@ -128,6 +132,8 @@ async fn pass(object: &AuditLogSweeper, uid: &str, context: &Context) -> Result<
         Decision::Preflight => {
             Update::Preflight { result: preflight(&object, &subject, context).await, now: Utc::now() }
         }
+        // Due only since it was fetched: its turn has yet to come.
+        Decision::Sweep(_) if permit.is_none() => return Ok(Pass::Again(Box::new(object))),
         Decision::Sweep(slot) => sweep_slot(&object, &subject, slot, context).await,
     };
     let written = publish_update(context, &object, Arc::new((subject, update))).await?;
@@ -143,7 +149,13 @@ async fn publish_update(
     let (subject, update) = &*pending;
     context.memories.change(&subject.uid, |memory| memory.pending = Some(pending.clone()));
     let written = publish::publish(&context.client, object, subject, update, Utc::now()).await?;
-    context.memories.change(&subject.uid, |memory| memory.pending = None);
+    context.memories.change(&subject.uid, |memory| {
+        memory.pending = None;
+        // What was written is what holds: a retry may come sooner than the slot.
+        if let Some(status) = written.as_ref().and_then(|written| written.status.as_ref()) {
+            memory.next = status.next_schedule_time;
+        }
+    });
     Ok(written)
 }
 
@@ -155,8 +167,6 @@ async fn preflight(object: &AuditLogSweeper, subject: &Subject, context: &Contex
 }
 
 async fn sweep_slot(object: &AuditLogSweeper, subject: &Subject, slot: Slot, context: &Context) -> Update {
-    // Only a closed semaphore refuses, and nobody closes it.
-    let _permit = context.sweeps.acquire().await;
     let start = Utc::now();
     // Before it starts: whatever becomes of the status, the slot is taken.
     let next = subject.grid().after(start, start);
@@ -181,7 +191,10 @@ async fn sweep_slot(object: &AuditLogSweeper, subject: &Subject, slot: Slot, con
 
 /// Where the last sweep left off, if rows that the database refuses made it stop.
 fn resume_after(object: &AuditLogSweeper) -> Option<Cursor> {
-    let at = object.status.as_ref()?.unsweepable.as_ref()?.resume_after.as_ref()?;
+    let status = object.status.as_ref()?;
+    // After an edit it may be another table.
+    let at = status.unsweepable.as_ref().filter(|_| status.observed_generation == object.metadata.generation)?;
+    let at = at.resume_after.as_ref()?;
     at.is_plausible().then(|| Cursor { time_started: at.time_started.clone(), id: at.id.clone() })
 }
 

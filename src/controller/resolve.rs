@@ -20,6 +20,8 @@ pub const API_TIMEOUT: Duration = Duration::from_secs(15);
 pub enum ApiError {
     #[error("no answer within {API_TIMEOUT:?}")]
     Timeout,
+    #[error("others kept writing the object at the same time")]
+    Conflict,
     #[error(transparent)]
     Kube(#[from] kube::Error),
 }

@@ -26,6 +26,9 @@ use crate::credentials::ConnectionUri;
 /// The longest that name, TCP, TLS and login may take together, for one host, unless the URI says otherwise.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Whatever the URI says, no longer than this.
+const LONGEST_CONNECT: Duration = Duration::from_secs(60);
+
 /// The longest to wait for a cancelled statement to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -73,6 +76,11 @@ impl Target {
     ) -> Result<Self, Error> {
         let (uri, sslmode) = without_foreign_parameters(uri.expose())?;
         let mut config: Config = uri.parse().map_err(|_| Error::Uri("it is not a valid URI"))?;
+        // What follows an @ in a password that is not encoded would be taken for the host, and be shown as that.
+        let plain = |host: &str| host.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:-%".contains(&b));
+        if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if !plain(name))) {
+            return Err(Error::Uri("a host in it has characters that no host name has"));
+        }
         if config.get_hosts().is_empty() {
             return Err(Error::Uri("it names no host"));
         }
@@ -92,7 +100,7 @@ impl Target {
     /// # Errors
     /// The last host's error.
     pub(super) async fn connect(&self) -> Result<Session, Error> {
-        let limit = self.config.get_connect_timeout().copied().unwrap_or(CONNECT_TIMEOUT);
+        let limit = self.config.get_connect_timeout().copied().unwrap_or(CONNECT_TIMEOUT).min(LONGEST_CONNECT);
         let ports = self.config.get_ports();
         let mut last = Error::Uri("it names no host");
         for (index, host) in self.config.get_hosts().iter().enumerate() {
@@ -170,7 +178,7 @@ async fn dial(host: &str, port: u16) -> Result<TcpStream, Error> {
 }
 
 fn connect_error(host: &str, error: &io::Error) -> Error {
-    Error::Connect { host: host.to_owned(), cause: format!("{error}; check the host and port in the connection URI") }
+    Error::Connect { host: host.to_owned(), cause: error.to_string() }
 }
 
 /// An open connection. Dropping it closes it.
@@ -268,7 +276,12 @@ fn without_foreign_parameters(uri: &str) -> Result<(String, Option<TlsMode>), Er
     if !uri.starts_with("postgresql://") && !uri.starts_with("postgres://") {
         return Err(Error::Uri("it does not begin with postgresql://"));
     }
-    let Some((base, query)) = uri.split_once('?') else { return Ok((uri.to_owned(), None)) };
+    let (base, query) = uri.split_once('?').unwrap_or((uri, ""));
+    let (_, address) = base.split_once("://").unwrap_or_default();
+    let (authority, path) = address.split_once('/').unwrap_or((address, ""));
+    if path.contains('@') || authority.matches('@').count() > 1 {
+        return Err(Error::Uri("it has an @ where none can be"));
+    }
     let mut mode = None;
     let mut kept = Vec::new();
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
@@ -315,6 +328,10 @@ mod tests {
             "postgresql:///hunter2",
             "postgresql://u:hunter2@h/d?sslmode=yes",
             "postgresql://u:hunter2@h/d?nonsense=1",
+            "postgresql://u:p@hunter2@h/d",
+            "postgresql://u:p@hunter2/x@h:1/d",
+            "postgresql://u:x,y@hunter2@h/d",
+            "postgresql://u:p@hun ter2/d",
             "postgresql://:hunter2@h/d",
         ] {
             let target = Target::new(&ConnectionUri::new(uri), None, None, &roots, "test");

@@ -26,7 +26,7 @@ pub enum Error {
     #[error("the host name {host} cannot be resolved: {cause}; check the host in the connection URI")]
     Resolve { host: String, cause: String },
     /// No connection came about.
-    #[error("cannot connect to {host}: {cause}")]
+    #[error("cannot connect to {host}: {cause}; check the host and port in the connection URI")]
     Connect { host: String, cause: String },
     /// Something took longer than it may.
     #[error("{what} did not end within {after:?}")]
@@ -52,6 +52,17 @@ pub enum Error {
          rolled back. The columns of spec.columns id and timeStarted together must be unique"
     )]
     KeyNotUnique { selected: i64, completed: i64 },
+    /// A row has no key.
+    #[error(
+        "a stale row has NULL in the column of spec.columns id, so it cannot be told from others; the column must be NOT NULL"
+    )]
+    NullKey,
+    /// The deadline came before the first batch was done.
+    #[error(
+        "not one batch of {rows} rows was done within spec.deadline ({deadline:?}); lower spec.batchSize, raise \
+         spec.deadline, or check that the index on (timeStarted, id) WHERE timeCompleted IS NULL exists"
+    )]
+    NothingDone { rows: i64, deadline: Duration },
     /// The server refuses row after row for one cause.
     #[error("{rows} rows in a row were refused for one cause, so the sweep stopped and goes on behind them: {cause}")]
     AllRefused { rows: i64, cause: Box<Error> },
@@ -167,7 +178,8 @@ impl Error {
             Self::Login { .. } => Reason::AuthenticationFailed,
             Self::Server(error) => error.reason(),
             Self::Answer(_) => Reason::DatabaseError,
-            Self::KeyNotUnique { .. } => Reason::SchemaMismatch,
+            Self::KeyNotUnique { .. } | Self::NullKey => Reason::SchemaMismatch,
+            Self::NothingDone { .. } => Reason::StatementTimeout,
             Self::AllRefused { .. } | Self::ManyRefused { .. } => Reason::RowRefused,
         }
     }
@@ -232,11 +244,14 @@ impl ServerError {
         let error = Self { step, sqlstate, fatal, standby, constraint, message: String::new() };
         let reason = error.reason();
         let mut message = if !fatal && error.may_quote_a_row(db) {
-            // Names are safe.
             let mut text = String::from(reason.text());
-            for (what, name) in [("constraint", db.constraint()), ("column", db.column()), ("table", db.table())] {
-                if let Some(name) = name {
-                    text.push_str(&format!(", {what} {name}"));
+            // Where the server checks by itself, the names are the catalog's; a trigger may make names up.
+            let checked = ["execMain.c", "execIndexing.c", "nbtinsert.c", "ri_triggers.c"];
+            if db.file().is_some_and(|file| checked.contains(&file)) {
+                for (what, name) in [("constraint", db.constraint()), ("column", db.column()), ("table", db.table())] {
+                    if let Some(name) = name {
+                        text.push_str(&format!(", {what} {name}"));
+                    }
                 }
             }
             text
@@ -250,10 +265,11 @@ impl ServerError {
         Self { message, ..error }
     }
 
-    /// Whether the server's text may hold a row's data. Where rows are changed, triggers may raise any text under any
-    /// SQLSTATE; only the check of rights, which names a relation, cannot be theirs.
+    /// Whether the server's text may hold a row's data. Where rows are read, a cast may quote them, and where they are
+    /// changed, triggers may raise any text under any SQLSTATE; only the check of rights, which names a relation,
+    /// cannot be theirs.
     fn may_quote_a_row(&self, db: &DbError) -> bool {
-        matches!(self.step, Step::Batch | Step::Commit) && db.file() != Some("aclchk.c")
+        !matches!(self.step, Step::Login | Step::Cutoff | Step::Preflight) && db.file() != Some("aclchk.c")
     }
 
     fn reason(&self) -> Reason {

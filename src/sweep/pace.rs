@@ -12,6 +12,8 @@ pub struct Pace {
     most: i64,
     size: i64,
     good: u32,
+    /// The server was too busy, and no batch has grown since.
+    busy: bool,
     /// Among so many rows from here on one was refused.
     suspects: Option<i64>,
 }
@@ -20,7 +22,7 @@ impl Pace {
     /// Starts at the full size.
     pub fn new(most: i64) -> Self {
         let most = most.max(1);
-        Self { most, size: most, good: 0, suspects: None }
+        Self { most, size: most, good: 0, busy: false, suspects: None }
     }
 
     /// How many rows the next batch takes, if `left` are left of the limit.
@@ -32,7 +34,7 @@ impl Pace {
     pub fn alone(&self) -> bool {
         match self.suspects {
             Some(suspects) => suspects <= 3,
-            None => self.size == 1 && self.most > 1,
+            None => self.size == 1 && self.busy,
         }
     }
 
@@ -44,13 +46,13 @@ impl Pace {
         }
         self.good += 1;
         if self.good >= GOOD {
-            (self.size, self.good) = ((self.size * 2).min(self.most), 0);
+            (self.size, self.good, self.busy) = ((self.size * 2).min(self.most), 0, false);
         }
     }
 
     /// The server was too busy for a batch of `rows`.
     pub fn was_busy(&mut self, rows: i64) {
-        (self.size, self.good, self.suspects) = ((rows / 2).max(1), 0, None);
+        (self.size, self.good, self.busy, self.suspects) = ((rows / 2).max(1), 0, true, None);
     }
 
     /// The server refused a row among `rows`.

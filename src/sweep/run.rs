@@ -33,6 +33,12 @@ const CONFLICTS: u32 = 5;
 /// A batch that found the table locked is tried again this often.
 const LOCKED: u32 = 3;
 
+/// With less time than this for a statement the deadline counts as reached.
+const LEAST_TIME: Duration = Duration::from_millis(20);
+
+/// A COMMIT that was not answered so long after a stop is looked up instead.
+const COMMIT_ON_STOP: Duration = Duration::from_secs(1);
+
 /// So many rows refused in a row for one cause, and none that went well between: it is not the rows.
 const ALIKE: i64 = 8;
 
@@ -77,20 +83,38 @@ async fn run(job: &Job, start: Instant, stop: &CancellationToken, report: &mut R
     let connected = tokio::select! {
         session = target.connect() => session?,
         () = stop.cancelled() => return Ok(Ended::Stopped),
-        () = tokio::time::sleep_until(deadline) => return Ok(Ended::DeadlineReached),
+        () = tokio::time::sleep_until(deadline) => {
+            return Err(Error::Timer { what: "connecting to the database", after: plan.deadline });
+        }
     };
     let mut sweep = Sweep { plan, target, session: connected, resume_after, deadline, stop, report };
-    let cutoff = sweep.cutoff(start).await?;
+    let cutoff = tokio::select! {
+        cutoff = sweep.cutoff(start) => cutoff?,
+        () = stop.cancelled() => return Ok(Ended::Stopped),
+    };
     let (ended, cursor) = match plan.mode {
         Mode::Apply => sweep.batches(&cutoff, *limit).await?,
         Mode::Observe => {
-            preflight::explain(&sweep.session, plan).await?;
+            tokio::select! {
+                explained = preflight::explain(&sweep.session, plan) => explained?,
+                () = stop.cancelled() => return Ok(Ended::Stopped),
+            }
             (Ended::Observed, None)
         }
     };
+    if ended == Ended::DeadlineReached && sweep.report.batches == 0 {
+        return Err(Error::NothingDone { rows: plan.batch_size, deadline: plan.deadline });
+    }
     let ended = match ended {
         Ended::Drained | Ended::LimitReached | Ended::Observed => {
-            let backlog = sweep.backlog(&cutoff, cursor.as_ref()).await?;
+            let counted = tokio::select! {
+                backlog = sweep.backlog(&cutoff, cursor.as_ref()) => Some(backlog?),
+                () = stop.cancelled() => None,
+            };
+            let Some(backlog) = counted else {
+                sweep.session.cancel().await;
+                return Ok(ended);
+            };
             let nothing_left = backlog.remaining == 0;
             sweep.report.backlog = Some(backlog);
             // A limit that was just enough held nothing back.
@@ -197,6 +221,10 @@ impl Sweep<'_> {
             let error = match tried {
                 Ok(Tried::Early(ended)) => break ended,
                 Ok(Tried::Batch(batch)) => {
+                    if batch.selected > 0 && batch.cursor.is_none() {
+                        self.session.rollback().await;
+                        return Err(Error::NullKey);
+                    }
                     self.commit(&batch).await?;
                     trouble = Trouble::default();
                     pace.went_well(size);
@@ -205,6 +233,12 @@ impl Sweep<'_> {
                         break Ended::Drained;
                     }
                     continue;
+                }
+                // It had less time than a statement may take: that says nothing of the row.
+                Ok(Tried::Refused { error, .. })
+                    if error.recovery() == Recovery::Smaller && self.is_short_of_time() =>
+                {
+                    break Ended::DeadlineReached;
                 }
                 Ok(Tried::Refused { row, key_type, error }) if error.recovery() == Recovery::Smaller => {
                     self.report.skipped += 1;
@@ -252,8 +286,12 @@ impl Sweep<'_> {
             }
         };
         // Rows behind those that were refused go first until the end was reached once.
-        if ended != Ended::Drained && self.resume_after.is_some() {
-            self.report.resume_after = cursor.clone();
+        if ended != Ended::Drained
+            && let Some(start) = self.resume_after
+        {
+            // A place without a key is one of a table with text keys, which are data of the row.
+            let plain = start.id.is_some();
+            self.report.resume_after = cursor.clone().map(|at| Cursor { id: at.id.filter(|_| plain), ..at });
         }
         Ok((ended, cursor))
     }
@@ -317,10 +355,20 @@ impl Sweep<'_> {
         Ok(batch)
     }
 
-    /// How long the next statement may take; None: no further one begins.
+    /// How long the next statement may take; None: no further one begins. Never all the time that is left, so that a
+    /// batch which is too large for it can be tried again with fewer rows.
     fn time_for_a_statement(&self) -> Option<Duration> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        (!self.stop.is_cancelled() && !left.is_zero()).then(|| self.plan.statement_timeout.min(left))
+        let share = self.time_left() / 4;
+        (!self.stop.is_cancelled() && share >= LEAST_TIME).then(|| self.plan.statement_timeout.min(share))
+    }
+
+    fn time_left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    /// Whether the last statement had less time than `statementTimeout` says.
+    fn is_short_of_time(&self) -> bool {
+        self.time_left() / 4 < self.plan.statement_timeout
     }
 
     /// Why no further statement begins.
@@ -363,7 +411,14 @@ impl Sweep<'_> {
 
     /// Commits a batch and counts it.
     async fn commit(&mut self, batch: &Batch) -> Result<(), Error> {
-        let committed = self.session.query(Step::Commit, "COMMIT", self.plan.statement_timeout + GRACE).await;
+        let late = async {
+            self.stop.cancelled().await;
+            tokio::time::sleep(COMMIT_ON_STOP).await;
+        };
+        let committed = tokio::select! {
+            committed = self.session.query(Step::Commit, "COMMIT", self.patience()) => committed,
+            () = late => Err(Error::Timer { what: "COMMIT", after: COMMIT_ON_STOP }),
+        };
         let error = match committed {
             Ok(_) => {
                 self.count(batch);
