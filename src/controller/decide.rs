@@ -265,6 +265,52 @@ mod tests {
     }
 
     #[test]
+    fn a_failed_preflight_is_followed_by_another_and_not_by_a_second_sweep() {
+        let first = subject(1, json!({ "period": "24h" }));
+        let status = swept_once(&first);
+        let edited = subject(2, json!({ "period": "24h", "table": "nowhere" }));
+        assert_eq!(decide(at(60), &edited, &status, None), Decision::Preflight);
+        let result = failed().map(|_| ());
+        let status = Update::Preflight { now: at(60), result }.apply(&edited, &status);
+        let retry = status.next_schedule_time.unwrap();
+        assert!(retry < at(75), "{retry}");
+        // What the process remembers is what it last wrote.
+        assert_eq!(decide(retry, &edited, &status, status.next_schedule_time), Decision::Preflight);
+        let status = act(Decision::Preflight, &edited, &status, retry, 0, done(0));
+        assert_eq!((status.consecutive_failures, status.totals.as_ref().unwrap().sweeps), (0, 1));
+        assert!(status.next_schedule_time.unwrap() > at(12 * 3600));
+    }
+
+    #[test]
+    fn a_stopped_sweep_goes_on_at_once_with_what_is_left() {
+        let subject = subject(1, json!({ "limit": 10 }));
+        let status = swept_once(&subject);
+        let slot = status.next_schedule_time.unwrap();
+        let stopped = Ok(Report { timed_out: 3, ended: Some(Ended::Stopped), ..Report::default() });
+        let before = status.conditions.clone();
+        let status = act(decide(slot, &subject, &status, None), &subject, &status, slot, 1, stopped);
+        assert_eq!(status.conditions, before);
+        let later = slot + TimeDelta::seconds(5);
+        let Decision::Sweep(next) = decide(later, &subject, &status, None) else { panic!("it should go on") };
+        assert_eq!((next.schedule_time, next.limit), (slot, 7));
+    }
+
+    #[test]
+    fn a_status_that_was_edited_cannot_raise_the_limit_or_panic() {
+        let subject = subject(1, json!({ "limit": 50 }));
+        let mut status = swept_once(&subject);
+        for timed_out in [-1_000_000, i64::MIN, i64::MAX] {
+            let last = status.last_sweep.as_mut().unwrap();
+            (last.outcome, last.timed_out) = (Outcome::Failed, timed_out);
+            status.next_schedule_time = Some(at(2));
+            match decide(at(3), &subject, &status, None) {
+                Decision::Sweep(slot) => assert_eq!(slot.limit, 50),
+                other => assert!(matches!(other, Decision::Wait(_)), "{other:?}"),
+            }
+        }
+    }
+
+    #[test]
     fn a_time_that_no_slot_can_have_does_not_stop_the_schedule() {
         let subject = subject(1, json!({}));
         let good = swept_once(&subject);

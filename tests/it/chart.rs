@@ -106,7 +106,7 @@ async fn works_with(client: &kube::Client, plane: &'static ControlPlane, rules: 
     Api::<ClusterRoleBinding>::all(client.clone()).create(&create, &binding).await.unwrap();
     let token = plane.service_account_token(&name, &name).await.unwrap();
     let scratch = Scratch::new(None).unwrap();
-    operator.process = Some(start(plane, &scratch, &name, &token));
+    operator.process = Some(start(plane, &scratch, &name, &token, &[]));
     // Either it watches, or it says that it may not.
     eventually("the operator to watch or to complain", Duration::from_secs(20), async || {
         let log = operator.log();

@@ -280,6 +280,34 @@ async fn sigterm_ends_a_sweep_within_five_seconds_with_its_counts_written() {
 }
 
 #[tokio::test]
+async fn a_sweep_that_waits_for_its_turn_heeds_an_edit() {
+    let (slow, queued) = (Log::new().await, Log::new().await);
+    let mut operator = Operator::absent().await;
+    slow.start_many(20).await;
+    slow.before_update("PERFORM pg_sleep(0.2);").await;
+    queued.start(1, "2 h").await;
+    operator.secret_for(&slow).await;
+    operator.secret("queued", &[("uri", &queued.database.uri())]).await;
+    operator.start_with(&["--max-concurrent-sweeps=1"]).await;
+    operator.apply("slow", json!({ "batchSize": 1 })).await;
+    until_one_is_swept(&slow).await;
+    let database = json!({ "secretRef": { "name": "queued" }, "tls": { "mode": "Disable" } });
+    operator.apply("queued", json!({ "database": database })).await;
+    operator.until("queued", "the acknowledgement", |s| has(s, "Reconciling=True/Pending")).await;
+    operator.apply("queued", json!({ "database": database, "suspend": true })).await;
+    operator.until("slow", "the sweep before it", |s| s["lastSweep"] != Value::Null).await;
+    operator.until("queued", "the acknowledgement", |s| has(s, "Suspended=True/Suspended")).await;
+    assert_eq!(queued.open().await, [1]);
+}
+
+async fn until_one_is_swept(log: &Log) {
+    eventually("the first batch", PATIENCE, async || {
+        if log.timed_out().await.is_empty() { Err("none".to_owned()) } else { Ok(()) }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_restart_changes_nothing_that_is_not_due() {
     let (log, mut operator) = (Log::new().await, Operator::new().await);
     operator.secret_for(&log).await;
@@ -300,10 +328,7 @@ async fn a_write_of_others_during_a_sweep_is_not_undone_and_does_not_lose_the_co
     log.before_update("PERFORM pg_sleep(0.2);").await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 1 })).await;
-    eventually("the first batch", PATIENCE, async || {
-        if log.timed_out().await.is_empty() { Err("none".to_owned()) } else { Ok(()) }
-    })
-    .await;
+    until_one_is_swept(&log).await;
     // Both move the resourceVersion that the operator knows.
     output(operator.kubectl().args(["annotate", "als/app", "touched=yes"])).unwrap();
     let foreign = json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "status": { "conditions": [{
@@ -338,7 +363,7 @@ async fn a_malformed_object_is_told_so_and_stops_no_other() {
     let malformed = json!({ "period": ["every", "day"], "timeout": "4d" });
     eventually("a malformed object to be let in", PATIENCE, async || apply("bad", object("bad", &malformed))).await;
     let token = plane.service_account_token(RELEASE.0, RELEASE.1).await.unwrap();
-    let _operator = start(&plane, &scratch, &namespace, &token);
+    let _operator = start(&plane, &scratch, &namespace, &token, &[]);
 
     let log = Log::new().await;
     log.start(1, "2 h").await;
