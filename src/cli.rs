@@ -148,8 +148,9 @@ async fn run(args: Run) -> ExitCode {
     match operate(args).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(error = format!("{error:#}"), "the operator ends");
-            complain(&error, 1)
+            // The causes between repeat each other.
+            tracing::error!(error = format!("{error}: {}", error.root_cause()), "the operator ends");
+            ExitCode::FAILURE
         }
     }
 }

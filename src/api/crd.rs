@@ -30,13 +30,21 @@ pub fn json() -> serde_json::Result<Value> {
     Ok(crd)
 }
 
-/// Takes out `nullable`, so that the API server drops a null as if the field were not there: a null must never pass
-/// for a value. Writes bounds as the whole numbers they are.
+/// Takes out `nullable` and null from enums, so that the API server drops a null as if the field were not there: a null
+/// must never pass for a value. Writes bounds as the whole numbers they are, and paragraphs as one line each.
 fn tidy(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             let fields: &mut Map<String, Value> = fields;
             fields.remove("nullable");
+            if let Some(Value::Array(names)) = fields.get_mut("enum") {
+                names.retain(|name| !name.is_null());
+            }
+            // The line breaks of the source are not the reader's.
+            if let Some(Value::String(text)) = fields.get_mut("description") {
+                let paragraphs: Vec<_> = text.split("\n\n").map(|paragraph| paragraph.replace('\n', " ")).collect();
+                *text = paragraphs.join("\n\n");
+            }
             fields.values_mut().for_each(tidy);
         }
         Value::Array(items) => items.iter_mut().for_each(tidy),

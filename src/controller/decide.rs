@@ -56,7 +56,8 @@ pub fn decide(
         }
         Some(_) if ends_a_failure => None,
         Some(_) => return Decision::Preflight,
-        None => None,
+        // Never swept, or resumed: then the slot after the last attempt is the one that may be overdue.
+        None => status.last_attempt_time.filter(|last| *last <= now).map(|last| subject.grid().after(last, last)),
     };
     let due = next.max(not_before.filter(|time| plausible(*time, now, subject))).unwrap_or(now);
     if now < due && !ends_a_failure {

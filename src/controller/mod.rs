@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use kube::core::DeserializeGuard;
-use kube::runtime::{Controller, watcher};
+use kube::runtime::{Controller, controller, watcher};
 use kube::{Api, Client};
 use rustls::RootCertStore;
 use tokio::sync::Semaphore;
@@ -61,8 +61,8 @@ pub async fn run(client: Client, settings: Settings, readiness: Readiness, stop:
     };
     let sweeps = Semaphore::new(settings.max_concurrent_sweeps);
     let context = Arc::new(Context { client, settings, memories: Memories::default(), sweeps, stop: stop.clone() });
-    let controller = Controller::new(objects, watcher::Config::default());
-    let store = controller.store();
+    let watched = Controller::new(objects, watcher::Config::default());
+    let store = watched.store();
     let ready = async {
         if store.wait_until_ready().await.is_ok() {
             info!("watching");
@@ -70,13 +70,15 @@ pub async fn run(client: Client, settings: Settings, readiness: Readiness, stop:
         }
         std::future::pending::<()>().await;
     };
-    let controlled = controller
+    let controlled = watched
         .graceful_shutdown_on(stop.cancelled_owned())
         .run(reconcile::reconcile, |_, error, _| match *error {}, context.clone())
         .for_each(|result| {
-            // Reconciles do not fail; what comes here is the watch: a missing CRD, a right that is missing.
-            if let Err(error) = result {
-                warn!(error = chain(&error), "cannot watch AuditLogSweepers; trying again");
+            match result {
+                // Its turn came after it was deleted.
+                Ok(_) | Err(controller::Error::ObjectNotFound(_)) => {}
+                // Reconciles do not fail; what comes here is the watch: a missing CRD, a right that is missing.
+                Err(error) => warn!(error = chain(&error), "cannot watch AuditLogSweepers; trying again"),
             }
             context.memories.retain(&store.state());
             futures::future::ready(())

@@ -4,6 +4,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 
 use super::decide::Slot;
 use crate::api::conditions::{self, ConditionType, Reason, Verdict};
+use crate::api::spec::Mode;
 use crate::api::status::{
     AuditLogSweeperStatus, Backlog, LastError, LastSweep, Outcome, ResumeAfter, Totals, Unsweepable, whole_seconds,
 };
@@ -93,7 +94,11 @@ impl Update {
         status.observed_generation = Some(subject.generation);
         let (now, verdicts) = match self {
             Self::Acknowledged { now } => (*now, pending()),
-            Self::Suspended { now } => (*now, suspended()),
+            Self::Suspended { now } => {
+                // No time is a promise while nothing begins.
+                status.next_schedule_time = None;
+                (*now, suspended())
+            }
             Self::Preflight { now, result: Ok(()) } => {
                 status.consecutive_failures = 0;
                 status.next_schedule_time = Some(subject.grid().after_edit(old.last_attempt_time, *now));
@@ -223,7 +228,7 @@ fn swept(
         let (reason, text) = match sweep.outcome {
             Outcome::LimitReached => (Reason::LimitReached, "stopped at the limit"),
             Outcome::DeadlineReached => (Reason::DeadlineReached, "stopped at the deadline"),
-            Outcome::Observed => (Reason::Observed, "only counted"),
+            Outcome::Observed => (Reason::Observed, ""),
             Outcome::Drained | Outcome::Failed | Outcome::Stopped => (Reason::Swept, "no stale row is left"),
         };
         let backlog = report.backlog.as_ref().filter(|backlog| backlog.remaining > 0);
@@ -232,9 +237,16 @@ fn swept(
             if sweep.outcome == Outcome::Drained && backlog.is_some() { "looked at every stale row" } else { text };
         let refused = match report.refused {
             0 => String::new(),
-            rows => format!("; the database refused {rows} rows: see status.unsweepable"),
+            rows => {
+                let why = report.refused_why.as_deref().unwrap_or_default();
+                format!("; {rows} rows were refused, see status.unsweepable; the first because {why}")
+            }
         };
-        let message = format!("completed {} rows, {text}{left}{refused}", sweep.timed_out);
+        let done = match sweep.outcome {
+            Outcome::Observed => "changed nothing, as spec.mode says".into(),
+            _ => format!("completed {} rows, {text}", sweep.timed_out),
+        };
+        let message = format!("{done}{left}{refused}");
         healthy(reason, &message, bounded(subject, report))
     };
     status.last_sweep = Some(sweep);
@@ -338,6 +350,11 @@ fn bounded(subject: &Subject, report: &Report) -> Verdict {
         return Verdict::new(type_, None, Reason::NotObserved, "the last sweep ended before it counted what is left");
     };
     let Backlog { display, oldest_time_started, .. } = backlog;
+    let advice = match (subject.spec.mode, report.refused) {
+        (Mode::Observe, _) => "spec.mode Observe sweeps nothing: set it to Apply",
+        (Mode::Apply, 0) => "raise spec.limit or shorten spec.period",
+        (Mode::Apply, _) => "the database refuses rows: see status.unsweepable",
+    };
     let bound = cutoff - TimeDelta::milliseconds(subject.spec.period.as_millis()) * 2;
     match oldest_time_started {
         Some(oldest) if *oldest < bound => Verdict::new(
@@ -345,8 +362,7 @@ fn bounded(subject: &Subject, report: &Report) -> Verdict {
             false,
             Reason::FallingBehind,
             format!(
-                "{display} stale rows are left, the oldest started {}, longer ago than timeout + 2 * period; raise \
-                 spec.limit or shorten spec.period",
+                "{display} stale rows are left, the oldest started {}, longer ago than timeout + 2 * period; {advice}",
                 whole_seconds(*oldest).format("%Y-%m-%dT%H:%M:%SZ")
             ),
         ),

@@ -209,6 +209,9 @@ fn log(object: &AuditLogSweeper, subject: &Subject, result: &Result<Report, Fail
             let cutoff = report.cutoff.map(|cutoff| cutoff.to_rfc3339());
             let (limit, timed_out, duration_ms) =
                 (subject.spec.limit, report.timed_out, report.duration_milliseconds());
+            if let Some(why) = &report.refused_why {
+                warn!(namespace, name, rows = report.refused, why, "the database refuses rows");
+            }
             if let Some(error) = &report.error {
                 let reason = error.reason().as_str();
                 error!(

@@ -27,6 +27,8 @@ pub struct Report {
     pub refused: i64,
     /// Keys of the first of them, where a key is no row data: uuid and int8.
     pub refused_ids: Vec<String>,
+    /// Why the first of them was.
+    pub refused_why: Option<String>,
     /// Where the next sweep goes on, so that refused rows do not keep it from those behind them.
     pub resume_after: Option<Cursor>,
     /// The database's clock, and how long after the start of the attempt it was read.

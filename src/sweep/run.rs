@@ -1,5 +1,8 @@
 //! Drives a sweep: connect, freeze the cutoff, batch after batch, then count what is left.
 
+mod commit;
+mod trouble;
+
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
@@ -10,22 +13,14 @@ use super::connection::Session;
 use super::error::{Recovery, Step};
 use super::pace::Pace;
 use super::report::Ended;
-use super::statement::{self, Batch, Cursor, Receipt};
+use super::statement::{self, Batch, Cursor};
 use super::{Error, Plan, Report, Target, preflight};
 use crate::api::spec::Mode;
 use crate::api::status::Backlog;
+use trouble::{ALIKE, Trouble};
 
 /// The server ends a statement by itself; this long after that it is taken for dead.
 const GRACE: Duration = Duration::from_secs(5);
-
-/// How long a COMMIT without an answer is looked up.
-const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// The same when the operator is being stopped.
-const LOOKUP_ON_STOP: Duration = Duration::from_secs(2);
-
-/// How often the end of a transaction is asked for.
-const LOOKUP_PAUSE: Duration = Duration::from_millis(100);
 
 /// A batch that lost against other transactions is tried again this often at once.
 const CONFLICTS: u32 = 5;
@@ -35,15 +30,6 @@ const LOCKED: u32 = 3;
 
 /// With less time than this for a statement the deadline counts as reached.
 const LEAST_TIME: Duration = Duration::from_millis(20);
-
-/// A COMMIT that was not answered so long after a stop is looked up instead.
-const COMMIT_ON_STOP: Duration = Duration::from_secs(1);
-
-/// So many rows refused in a row for one cause, and none that went well between: it is not the rows.
-const ALIKE: i64 = 8;
-
-/// So many rows are stepped over in one sweep.
-const REFUSED: i64 = 100;
 
 /// So many of them are named.
 const NAMED: usize = 10;
@@ -152,33 +138,6 @@ enum Answer {
     Early(Ended),
 }
 
-/// What went wrong since the last batch that went well.
-#[derive(Default)]
-struct Trouble {
-    conflicts: u32,
-    locked: u32,
-    skipped: i64,
-    /// The kind of the last refusals, and how many of them came in a row.
-    alike: Option<(String, i64)>,
-}
-
-impl Trouble {
-    /// Takes a refusal in; the error with which to end, if it was one too many.
-    fn too_many(&mut self, error: Error, refused: i64) -> Option<Error> {
-        let kind = error.kind();
-        let rows = self.alike.take().filter(|(last, _)| *last == kind).map_or(1, |(_, rows)| rows + 1);
-        self.alike = Some((kind, rows));
-        let cause = Box::new(error);
-        if rows >= ALIKE {
-            Some(Error::AllRefused { rows, cause })
-        } else if refused >= REFUSED {
-            Some(Error::ManyRefused { rows: refused, cause })
-        } else {
-            None
-        }
-    }
-}
-
 /// Whether a key of this type may be shown.
 fn is_plain(key_type: &str) -> bool {
     ["uuid", "bigint", "integer", "smallint"].contains(&key_type)
@@ -254,7 +213,7 @@ impl Sweep<'_> {
                 Ok(Tried::Refused { row, key_type, error })
                     if error.recovery() == Recovery::Bisect || trouble.conflicts >= CONFLICTS =>
                 {
-                    self.refuse(&row, &key_type);
+                    self.refuse(&row, &key_type, &error);
                     cursor = Some(row);
                     pace.stepped_over();
                     trouble.conflicts = 0;
@@ -297,8 +256,9 @@ impl Sweep<'_> {
     }
 
     /// Counts a row that the server refuses, and names it where its key is no row data.
-    fn refuse(&mut self, row: &Cursor, key_type: &str) {
+    fn refuse(&mut self, row: &Cursor, key_type: &str, error: &Error) {
         self.report.refused += 1;
+        self.report.refused_why.get_or_insert_with(|| error.to_string());
         if self.report.refused_ids.len() < NAMED && is_plain(key_type) {
             self.report.refused_ids.extend(row.id.clone());
         }
@@ -409,88 +369,6 @@ impl Sweep<'_> {
         preflight::explain(&self.session, self.plan).await
     }
 
-    /// Commits a batch and counts it.
-    async fn commit(&mut self, batch: &Batch) -> Result<(), Error> {
-        let late = async {
-            self.stop.cancelled().await;
-            tokio::time::sleep(COMMIT_ON_STOP).await;
-        };
-        let committed = tokio::select! {
-            committed = self.session.query(Step::Commit, "COMMIT", self.patience()) => committed,
-            () = late => Err(Error::Timer { what: "COMMIT", after: COMMIT_ON_STOP }),
-        };
-        let error = match committed {
-            Ok(_) => {
-                self.count(batch);
-                return Ok(());
-            }
-            Err(error) => error,
-        };
-        // An error on a living connection is the server's word that nothing was committed. Any other end of COMMIT
-        // says nothing: the rows may be committed.
-        if !matches!(&error, Error::Server(_)) || says_nothing(error.sqlstate()) {
-            match &batch.receipt {
-                None => {}
-                Some(receipt) => match self.find_out(receipt).await {
-                    Some(true) => self.count(batch),
-                    Some(false) => {}
-                    None => self.report.uncertain += batch.completed,
-                },
-            }
-        }
-        Err(error)
-    }
-
-    fn count(&mut self, batch: &Batch) {
-        self.report.timed_out += batch.completed;
-        self.report.suppressed += batch.selected - batch.completed;
-        self.report.batches += 1;
-    }
-
-    /// Whether the transaction of a receipt was committed; None: it cannot be known in the time there is.
-    async fn find_out(&self, receipt: &Receipt) -> Option<bool> {
-        let stopped = async {
-            self.stop.cancelled().await;
-            tokio::time::sleep(LOOKUP_ON_STOP).await;
-        };
-        tokio::select! {
-            committed = self.look_up(receipt) => Some(committed),
-            () = tokio::time::sleep(LOOKUP_TIMEOUT) => None,
-            () = stopped => None,
-        }
-    }
-
-    async fn look_up(&self, receipt: &Receipt) -> bool {
-        loop {
-            match self.ask(receipt).await {
-                Ok(Some(answer)) => return answer,
-                // In progress, or the server is not back yet.
-                Ok(None) | Err(_) => tokio::time::sleep(LOOKUP_PAUSE).await,
-            }
-        }
-    }
-
-    async fn ask(&self, receipt: &Receipt) -> Result<Option<bool>, Error> {
-        let session = self.target.connect().await?;
-        let status = session.query(Step::Lookup, &statement::transaction_status(receipt), self.patience()).await;
-        let status = match &status {
-            Ok(answer) => statement::last_row(answer).and_then(|row| statement::text(row, 0)).unwrap_or_default(),
-            // After a failover the new primary may not know the transaction's id; the row itself then tells.
-            Err(Error::Server(_)) => "unknown",
-            Err(_) => return Ok(None),
-        };
-        if status == "in progress" {
-            return Ok(None);
-        }
-        let row = session.query(Step::Lookup, &statement::row_status(self.plan, receipt), self.patience()).await?;
-        session.close().await;
-        Ok(match statement::last_row(&row).map(|row| statement::text(row, 0)) {
-            Some(carries) => Some(carries == Some("t")),
-            // The row is gone: only the transaction can tell.
-            None => Some(status == "committed"),
-        })
-    }
-
     /// Counts the stale rows that are left.
     async fn backlog(&mut self, cutoff: &str, cursor: Option<&Cursor>) -> Result<Backlog, Error> {
         let bound = self.plan.backlog_bound();
@@ -506,9 +384,4 @@ impl Sweep<'_> {
     fn patience(&self) -> Duration {
         self.plan.statement_timeout + GRACE
     }
-}
-
-/// Whether an error in answer to COMMIT leaves open if it took place: the server was going away.
-fn says_nothing(sqlstate: Option<&str>) -> bool {
-    sqlstate.is_some_and(|code| code.starts_with("08") || code.starts_with("57P") || code.starts_with("25P0"))
 }

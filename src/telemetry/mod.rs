@@ -43,7 +43,7 @@ pub fn start_logs(format: LogFormat, level: LogLevel) {
     let registry = tracing_subscriber::registry().with(ours);
     // A second start, in a test, changes nothing.
     drop(match format {
-        LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),
+        LogFormat::Json => registry.with(lines.json().flatten_event(true).with_span_list(false)).try_init(),
         LogFormat::Text => registry.with(lines).try_init(),
     });
 }

@@ -246,7 +246,7 @@ async fn suspend_is_acknowledged_and_a_resume_goes_on() {
             "Suspended=True/Suspended"
         ]
     );
-    assert_eq!(log.open().await, [1]);
+    assert_eq!((log.open().await, &status["nextScheduleTime"]), (vec![1], &Value::Null));
     operator.apply("app", json!({ "suspend": false })).await;
     let status = operator.until("app", "the overdue sweep", |s| s["lastSweep"] != Value::Null).await;
     assert_eq!(log.timed_out().await, [1]);

@@ -185,6 +185,8 @@ async fn the_status_names_refused_rows_and_the_sweep_stays_ready() {
     let status = operator.until("app", "the sweep", |s| s["lastSweep"] != Value::Null).await;
     assert_eq!(status["unsweepable"], json!({ "count": 1, "ids": [id(2)] }));
     assert!(has(&status, "Ready=True/Swept"), "{status:#}");
+    let message = status["conditions"][0]["message"].as_str().unwrap();
+    assert!(message.contains("1 rows were refused") && message.contains("SQLSTATE P0001"), "{message}");
     let skew = status["clockSkewMilliseconds"].as_i64().unwrap();
     assert!(skew.abs() < 1000, "one machine, one clock: {skew}");
 }

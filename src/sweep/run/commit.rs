@@ -1,0 +1,109 @@
+//! The end of a batch: its COMMIT, and what to do when no answer to it comes.
+
+use std::time::Duration;
+
+use super::{Sweep, statement};
+use crate::sweep::Error;
+use crate::sweep::error::Step;
+use crate::sweep::statement::{Batch, Receipt};
+
+/// How long a COMMIT without an answer is looked up.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The same when the operator is being stopped.
+const LOOKUP_ON_STOP: Duration = Duration::from_secs(2);
+
+/// How often the end of a transaction is asked for.
+const LOOKUP_PAUSE: Duration = Duration::from_millis(100);
+
+/// A COMMIT that was not answered so long after a stop is looked up instead.
+const COMMIT_ON_STOP: Duration = Duration::from_secs(1);
+
+impl Sweep<'_> {
+    /// Commits a batch and counts it.
+    pub(super) async fn commit(&mut self, batch: &Batch) -> Result<(), Error> {
+        let late = async {
+            self.stop.cancelled().await;
+            tokio::time::sleep(COMMIT_ON_STOP).await;
+        };
+        let committed = tokio::select! {
+            committed = self.session.query(Step::Commit, "COMMIT", self.patience()) => committed,
+            () = late => Err(Error::Timer { what: "COMMIT", after: COMMIT_ON_STOP }),
+        };
+        let error = match committed {
+            Ok(_) => {
+                self.count(batch);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        // An error on a living connection is the server's word that nothing was committed. Any other end of COMMIT
+        // says nothing: the rows may be committed.
+        if !matches!(&error, Error::Server(_)) || says_nothing(error.sqlstate()) {
+            match &batch.receipt {
+                None => {}
+                Some(receipt) => match self.find_out(receipt).await {
+                    Some(true) => self.count(batch),
+                    Some(false) => {}
+                    None => self.report.uncertain += batch.completed,
+                },
+            }
+        }
+        Err(error)
+    }
+
+    fn count(&mut self, batch: &Batch) {
+        self.report.timed_out += batch.completed;
+        self.report.suppressed += batch.selected - batch.completed;
+        self.report.batches += 1;
+    }
+
+    /// Whether the transaction of a receipt was committed; None: it cannot be known in the time there is.
+    async fn find_out(&self, receipt: &Receipt) -> Option<bool> {
+        let stopped = async {
+            self.stop.cancelled().await;
+            tokio::time::sleep(LOOKUP_ON_STOP).await;
+        };
+        tokio::select! {
+            committed = self.look_up(receipt) => Some(committed),
+            () = tokio::time::sleep(LOOKUP_TIMEOUT) => None,
+            () = stopped => None,
+        }
+    }
+
+    async fn look_up(&self, receipt: &Receipt) -> bool {
+        loop {
+            match self.ask(receipt).await {
+                Ok(Some(answer)) => return answer,
+                // In progress, or the server is not back yet.
+                Ok(None) | Err(_) => tokio::time::sleep(LOOKUP_PAUSE).await,
+            }
+        }
+    }
+
+    async fn ask(&self, receipt: &Receipt) -> Result<Option<bool>, Error> {
+        let session = self.target.connect().await?;
+        let status = session.query(Step::Lookup, &statement::transaction_status(receipt), self.patience()).await;
+        let status = match &status {
+            Ok(answer) => statement::last_row(answer).and_then(|row| statement::text(row, 0)).unwrap_or_default(),
+            // After a failover the new primary may not know the transaction's id; the row itself then tells.
+            Err(Error::Server(_)) => "unknown",
+            Err(_) => return Ok(None),
+        };
+        if status == "in progress" {
+            return Ok(None);
+        }
+        let row = session.query(Step::Lookup, &statement::row_status(self.plan, receipt), self.patience()).await?;
+        session.close().await;
+        Ok(match statement::last_row(&row).map(|row| statement::text(row, 0)) {
+            Some(carries) => Some(carries == Some("t")),
+            // The row is gone: only the transaction can tell.
+            None => Some(status == "committed"),
+        })
+    }
+}
+
+/// Whether an error in answer to COMMIT leaves open if it took place: the server was going away.
+fn says_nothing(sqlstate: Option<&str>) -> bool {
+    sqlstate.is_some_and(|code| code.starts_with("08") || code.starts_with("57P") || code.starts_with("25P0"))
+}
