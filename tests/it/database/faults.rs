@@ -202,6 +202,20 @@ async fn a_table_lock_is_waited_for_a_little_and_then_left() {
 }
 
 #[tokio::test]
+async fn a_password_changed_midway_ends_the_next_sweep_and_not_this_one() {
+    let log = Log::new().await;
+    log.start_many(20).await;
+    log.before_update("PERFORM pg_sleep(0.05);").await;
+    let job = log.job(json!({ "batchSize": 2 }));
+    let running = tokio::spawn(async move { sweep(&job, &CancellationToken::new()).await });
+    until_swept(&log, 2).await;
+    log.run(&format!("ALTER ROLE {} PASSWORD 'another'", log.database.user)).await;
+    let report = running.await.unwrap();
+    assert_eq!((report.timed_out, report.outcome()), (20, Outcome::Drained), "{report:?}");
+    assert_eq!(log.sweep(json!({})).await.error.unwrap().reason(), Reason::AuthenticationFailed);
+}
+
+#[tokio::test]
 async fn a_right_revoked_or_a_table_replaced_midway_counts_what_was_done() {
     let log = Log::new().await;
     let server = support::postgres::shared();
@@ -228,9 +242,13 @@ async fn a_right_revoked_or_a_table_replaced_midway_counts_what_was_done() {
     let job = log.job_at(&uri, json!({ "batchSize": 2 }));
     let running = tokio::spawn(async move { sweep(&job, &CancellationToken::new()).await });
     until_swept(&log, before + 4).await;
-    log.run("ALTER TABLE audit_log RENAME TO former").await;
+    // Another table of that name, with no rights on it yet.
+    log.run(
+        "BEGIN; ALTER TABLE audit_log RENAME TO former; CREATE TABLE audit_log (LIKE former INCLUDING ALL); COMMIT",
+    )
+    .await;
     let report = running.await.unwrap();
-    assert_eq!(report.error.as_ref().unwrap().reason(), Reason::TableNotFound);
+    assert_eq!(report.error.as_ref().unwrap().reason(), Reason::PermissionDenied);
     let swept = log.query("SELECT count(*) FROM former WHERE result_kind = 'timeout'").await;
     assert_eq!(swept, [(i64::try_from(before).unwrap() + report.timed_out).to_string()]);
     admin.batch_execute(&format!("DROP ROLE {login}")).await.unwrap();

@@ -103,8 +103,35 @@ async fn no_name_and_no_value_can_be_anything_but_itself() {
     ];
     let log = Log::empty().await;
     log.run("CREATE TABLE victim ()").await;
-    for (name, value) in names.iter().zip(values) {
-        let column = quoted(name);
+    let fixed = names.map(str::to_owned).into_iter().zip(values.map(str::to_owned));
+    // And whatever else can be made of such pieces; the seed makes a failure come again.
+    let pieces = [
+        "\"",
+        "'",
+        "\\",
+        ";",
+        "--",
+        "/*",
+        "*/",
+        "$$",
+        "$1",
+        "%",
+        "\n",
+        "\t",
+        " ",
+        "(",
+        ")",
+        "E'",
+        "U&'",
+        "\u{1F600}",
+        "x",
+        "NULL",
+    ];
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut made = || (0..random.usize(1..8)).map(|_| pieces[random.usize(0..pieces.len())]).collect::<String>();
+    let made: Vec<(String, String)> = (0..40).map(|n| (format!("{}{n}", made()), made())).collect();
+    for (name, value) in fixed.chain(made) {
+        let column = quoted(&name);
         log.run(&format!(
             "CREATE TABLE {column} (id int8 PRIMARY KEY, started timestamptz NOT NULL, {column} timestamptz, kind text); \
              INSERT INTO {column} VALUES (1, '2020-01-01')"
