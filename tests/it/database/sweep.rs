@@ -49,6 +49,24 @@ async fn rows_of_one_start_time_go_by_id() {
 }
 
 #[tokio::test]
+async fn the_order_and_the_limit_hold_without_the_index_and_over_batches() {
+    let log = Log::new().await;
+    // The index gives the order by itself; without it only the statement does.
+    log.run("DROP INDEX audit_log_incomplete_by_time_started").await;
+    for (number, age) in [(6, "2 h"), (5, "3 h"), (4, "4 h"), (3, "5 h"), (2, "5 h"), (1, "5 h")] {
+        log.start(number, age).await;
+    }
+    log.run(
+        "UPDATE audit_log SET time_started = '2001-01-01' WHERE time_started < clock_timestamp() - interval '4.5 h'",
+    )
+    .await;
+    let report = log.sweep(json!({ "limit": 1 })).await;
+    assert_eq!((report.timed_out, log.timed_out().await), (1, vec![1]));
+    let report = log.sweep(json!({ "limit": 3, "batchSize": 2 })).await;
+    assert_eq!((report.timed_out, log.timed_out().await), (3, vec![1, 2, 3, 4]));
+}
+
+#[tokio::test]
 async fn a_limit_that_is_just_enough_holds_nothing_back() {
     let log = Log::new().await;
     log.start_many(3).await;
