@@ -20,6 +20,7 @@ use kube::{Api, Client};
 use rustls::RootCertStore;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::api::AuditLogSweeper;
@@ -44,6 +45,8 @@ pub struct Context {
     settings: Settings,
     memories: Memories,
     sweeps: Semaphore,
+    /// What is being reconciled right now.
+    running: TaskTracker,
     stop: CancellationToken,
 }
 
@@ -60,7 +63,8 @@ pub async fn run(client: Client, settings: Settings, readiness: Readiness, stop:
         None => Api::all(client.clone()),
     };
     let sweeps = Semaphore::new(settings.max_concurrent_sweeps);
-    let context = Arc::new(Context { client, settings, memories: Memories::default(), sweeps, stop: stop.clone() });
+    let (memories, running) = (Memories::default(), TaskTracker::new());
+    let context = Arc::new(Context { client, settings, memories, sweeps, running, stop: stop.clone() });
     let watched = Controller::new(objects, watcher::Config::default());
     let store = watched.store();
     let ready = async {
@@ -71,7 +75,7 @@ pub async fn run(client: Client, settings: Settings, readiness: Readiness, stop:
         std::future::pending::<()>().await;
     };
     let controlled = watched
-        .graceful_shutdown_on(stop.cancelled_owned())
+        .graceful_shutdown_on(stop.clone().cancelled_owned())
         .run(reconcile::reconcile, |_, error, _| match *error {}, context.clone())
         .for_each(|result| {
             match result {
@@ -83,8 +87,15 @@ pub async fn run(client: Client, settings: Settings, readiness: Readiness, stop:
             context.memories.retain(&store.state());
             futures::future::ready(())
         });
+    // A watch that waits to try again holds nobody up: what counts is that no object is being worked on.
+    let stopped = async {
+        stop.cancelled().await;
+        context.running.close();
+        context.running.wait().await;
+    };
     tokio::select! {
         () = controlled => {}
         () = ready => {}
+        () = stopped => {}
     }
 }

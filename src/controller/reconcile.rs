@@ -41,6 +41,7 @@ pub async fn reconcile(
     object: Arc<DeserializeGuard<AuditLogSweeper>>,
     context: Arc<Context>,
 ) -> Result<Action, Infallible> {
+    let _running = context.running.token();
     let uid = object.meta().uid.clone().unwrap_or_default();
     let action = match drive(&object, &uid, &context).await {
         Ok(next) => {

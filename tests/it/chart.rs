@@ -9,11 +9,10 @@ use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 use support::control_plane::ControlPlane;
 use support::process::output;
-use support::scratch::Scratch;
 use support::tools::Tools;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{RELEASE, chart, has, install, start};
+use crate::fixtures::operator::{RELEASE, chart, has, install};
 use crate::fixtures::{Log, Operator};
 
 #[tokio::test]
@@ -105,8 +104,7 @@ async fn works_with(client: &kube::Client, plane: &'static ControlPlane, rules: 
     .unwrap();
     Api::<ClusterRoleBinding>::all(client.clone()).create(&create, &binding).await.unwrap();
     let token = plane.service_account_token(&name, &name).await.unwrap();
-    let scratch = Scratch::new(None).unwrap();
-    operator.process = Some(start(plane, &scratch, &name, &token, &[]));
+    operator.start_as(&token, &[]);
     // Either it watches, or it says that it may not.
     eventually("the operator to watch or to complain", Duration::from_secs(20), async || {
         let log = operator.log();
@@ -129,5 +127,6 @@ async fn works_with(client: &kube::Client, plane: &'static ControlPlane, rules: 
     let verdict = tokio::time::timeout(Duration::from_secs(8), swept).await.map_err(|_| operator.log());
     Api::<ClusterRole>::all(client.clone()).delete(&name, &Default::default()).await.unwrap();
     Api::<ClusterRoleBinding>::all(client.clone()).delete(&name, &Default::default()).await.unwrap();
+    operator.terminate().await;
     verdict
 }

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use k8s_openapi::api::core::v1::ServiceAccount;
+use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 use support::control_plane::ControlPlane;
@@ -277,6 +279,24 @@ async fn sigterm_ends_a_sweep_within_five_seconds_with_its_counts_written() {
         (&json!("Stopped"), &json!(done.len()))
     );
     assert_eq!(status["totals"]["timedOut"], json!(done.len()));
+}
+
+#[tokio::test]
+async fn an_operator_that_may_not_watch_still_stops_at_once() {
+    let mut operator = Operator::absent().await;
+    let accounts: Api<ServiceAccount> = Api::namespaced(operator.client.clone(), &operator.namespace);
+    let account = serde_json::from_value(json!({ "metadata": { "name": "nobody" } })).unwrap();
+    accounts.create(&Default::default(), &account).await.unwrap();
+    let token = operator.plane.service_account_token(&operator.namespace, "nobody").await.unwrap();
+    operator.start_as(&token, &[]);
+    eventually("the complaint", PATIENCE, async || {
+        if operator.log().contains("cannot watch") { Ok(()) } else { Err(operator.log()) }
+    })
+    .await;
+    let start = Instant::now();
+    let log = operator.terminate().await;
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert!(!log.contains("did not end"), "{log}");
 }
 
 #[tokio::test]

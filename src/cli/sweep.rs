@@ -1,0 +1,91 @@
+//! `audit-log-sweeper sweep`: one sweep without a cluster, by the same code.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+
+use super::input::{self, Input, Source};
+use super::{Output, complain, print, stop_signal};
+use crate::api::status::Outcome;
+use crate::sweep::{Job, Report};
+use crate::telemetry::{LogFormat, LogLevel, start_logs};
+
+#[derive(Debug, Args)]
+pub struct Sweep {
+    #[command(flatten)]
+    source: Source,
+    /// How the result is printed
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
+    /// The least severe log lines that are written
+    #[arg(long, value_enum, default_value = "warn")]
+    log_level: LogLevel,
+}
+
+/// Sweeps once.
+pub async fn sweep(args: Sweep) -> ExitCode {
+    start_logs(LogFormat::Text, args.log_level);
+    let job = match input::read(&args.source) {
+        Ok(Input { plan, target }) => Job { limit: plan.limit, plan, target, resume_after: None },
+        Err(error) => return complain(&error, 2),
+    };
+    let stop = match stop_signal() {
+        Ok(stop) => stop,
+        Err(error) => return complain(&anyhow::Error::from(error).context("cannot listen for signals"), 1),
+    };
+    let report = crate::sweep::sweep(&job, &stop).await;
+    let written = match args.output {
+        Output::Json => print(&json_report(&job, &report)),
+        Output::Text => print(&text_report(&report)),
+    };
+    if let Some(error) = &report.error {
+        complain(&anyhow::Error::msg(format!("{}: {error}", error.reason().as_str())), 1)
+    } else if report.outcome() == Outcome::Stopped {
+        complain(&anyhow::Error::msg("stopped by a signal"), 1)
+    } else {
+        written
+    }
+}
+
+fn json_report(job: &Job, report: &Report) -> String {
+    let error = report.error.as_ref();
+    json!({
+        "timedOut": report.timed_out,
+        "cutoff": report.cutoff,
+        "limit": job.plan.limit,
+        "outcome": report.outcome(),
+        "batches": report.batches,
+        "refused": report.refused,
+        "skipped": report.skipped,
+        "suppressed": report.suppressed,
+        "uncertain": report.uncertain,
+        "durationMilliseconds": report.duration_milliseconds(),
+        "backlog": report.backlog,
+        "error": error.map(|error| json!({ "reason": error.reason().as_str(), "message": error.to_string() })),
+    })
+    .to_string()
+}
+
+fn text_report(report: &Report) -> String {
+    let backlog = report.backlog.as_ref();
+    let mut lines = vec![
+        ("outcome", format!("{:?}", report.outcome())),
+        ("timed out", report.timed_out.to_string()),
+        ("batches", report.batches.to_string()),
+        ("backlog", backlog.map_or_else(|| "not counted".into(), |backlog| backlog.display.clone())),
+        ("cutoff", report.cutoff.map_or_else(|| "none".into(), |cutoff| cutoff.to_rfc3339())),
+        ("took", format!("{:.0?}", report.duration)),
+    ];
+    for (name, count) in [
+        ("refused", report.refused),
+        ("suppressed", report.suppressed),
+        ("skipped", report.skipped),
+        ("uncertain", report.uncertain),
+    ] {
+        if count > 0 {
+            lines.push((name, count.to_string()));
+        }
+    }
+    lines.iter().map(|(name, value)| format!("{name:<11}{value}\n")).collect()
+}
