@@ -1,4 +1,5 @@
-//! From the keys of a Secret to what the sweep connects with. Pure; the controller and the CLI both come through here.
+//! From the Secrets that a spec names to what the sweep connects with. Pure; the controller and the CLI both come
+//! through here.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,9 +7,13 @@ use std::fmt;
 use k8s_openapi::ByteString;
 
 use crate::api::Reason;
+use crate::api::spec::{Database, SecretKeyRef, Tls, TlsMode};
 
 /// The key that holds the CA in a Secret named by `caSecretRef`.
-pub const CA_KEY: &str = "ca.crt";
+const CA_KEY: &str = "ca.crt";
+
+/// The keys of a Secret named by `clientCertSecretRef`: as in Secrets of type kubernetes.io/tls.
+const CLIENT_KEYS: [&str; 2] = ["tls.crt", "tls.key"];
 
 /// The data of a Secret.
 pub type SecretData = BTreeMap<String, ByteString>;
@@ -33,6 +38,94 @@ impl fmt::Debug for ConnectionUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("ConnectionUri([redacted])")
     }
+}
+
+/// All that a spec's Secrets hold. Its Debug shows nothing.
+#[derive(Clone)]
+pub struct Credentials {
+    pub uri: ConnectionUri,
+    /// The CA to trust, as PEM; None: the public ones.
+    pub ca: Option<Vec<u8>>,
+    /// What to show a server that asks for it.
+    pub client: Option<ClientCertificate>,
+}
+
+/// A certificate and its key, as PEM.
+#[derive(Clone)]
+pub struct ClientCertificate {
+    pub certificate: Vec<u8>,
+    pub key: Vec<u8>,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credentials([redacted])")
+    }
+}
+
+impl fmt::Debug for ClientCertificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ClientCertificate([redacted])")
+    }
+}
+
+impl Credentials {
+    /// A URI alone.
+    pub fn new(uri: ConnectionUri) -> Self {
+        Self { uri, ca: None, client: None }
+    }
+
+    /// The credentials of a spec. `secrets` are those that [`names`] lists; `uri` takes the place of the first.
+    ///
+    /// # Errors
+    /// When a key is missing or is not text.
+    pub fn read(
+        database: &Database,
+        namespace: &str,
+        secrets: &BTreeMap<String, SecretData>,
+        uri: Option<ConnectionUri>,
+    ) -> Result<Self, CredentialsError> {
+        let none = SecretData::new();
+        let data = |name: &str| secrets.get(name).unwrap_or(&none);
+        let binary = |name: &str, key: &str| {
+            data(name).get(key).map(|value| value.0.clone()).ok_or_else(|| missing(data(name), name, key))
+        };
+        let SecretKeyRef { name, key } = &database.secret_ref;
+        let uri = uri.map_or_else(|| self::uri(data(name), namespace, name, key.as_deref()), Ok)?;
+        let mut credentials = Self::new(uri);
+        if let Some(tls) = encrypted(database) {
+            credentials.ca = tls.ca_secret_ref.as_ref().map(|ca| binary(&ca.name, CA_KEY)).transpose()?;
+            let [certificate, key] = CLIENT_KEYS;
+            credentials.client = match &tls.client_cert_secret_ref {
+                None => None,
+                Some(client) => Some(ClientCertificate {
+                    certificate: binary(&client.name, certificate)?,
+                    key: binary(&client.name, key)?,
+                }),
+            };
+        }
+        Ok(credentials)
+    }
+}
+
+/// The Secrets that a spec needs, each once: the first holds the URI.
+pub fn names(database: &Database) -> Vec<&str> {
+    let mut names = vec![database.secret_ref.name.as_str()];
+    if let Some(tls) = encrypted(database) {
+        let ca = tls.ca_secret_ref.as_ref().map(|ca| ca.name.as_str());
+        let client = tls.client_cert_secret_ref.as_ref().map(|client| client.name.as_str());
+        for name in [ca, client].into_iter().flatten() {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+    }
+    names
+}
+
+/// The spec's TLS, where it does not say to do without.
+fn encrypted(database: &Database) -> Option<&Tls> {
+    database.tls.as_ref().filter(|tls| tls.mode != Some(TlsMode::Disable))
 }
 
 /// A Secret that is there and does not hold what is needed.
@@ -64,12 +157,7 @@ impl CredentialsError {
 ///
 /// # Errors
 /// When a key is missing or is not text.
-pub fn uri(
-    data: &SecretData,
-    namespace: &str,
-    name: &str,
-    key: Option<&str>,
-) -> Result<ConnectionUri, CredentialsError> {
+fn uri(data: &SecretData, namespace: &str, name: &str, key: Option<&str>) -> Result<ConnectionUri, CredentialsError> {
     if let Some(key) = key {
         return text(data, name, key)?.map(ConnectionUri::new).ok_or_else(|| missing(data, name, key));
     }
@@ -94,14 +182,6 @@ pub fn uri(
         if host == "localhost" || host.contains(['.', ':']) { host.to_owned() } else { format!("{host}.{namespace}") };
     let [user, password, dbname] = [user, password, dbname].map(|part| encode(part.trim_end_matches(['\r', '\n'])));
     Ok(ConnectionUri::new(&format!("postgresql://{user}:{password}@{}:{}/{dbname}", bracketed(&host), port.trim())))
-}
-
-/// The CA in the Secret `name`, as PEM.
-///
-/// # Errors
-/// When the key `ca.crt` is missing.
-pub fn ca(data: &SecretData, name: &str) -> Result<Vec<u8>, CredentialsError> {
-    data.get(CA_KEY).map(|pem| pem.0.clone()).ok_or_else(|| missing(data, name, CA_KEY))
 }
 
 fn text<'a>(data: &'a SecretData, secret: &str, key: &str) -> Result<Option<&'a str>, CredentialsError> {

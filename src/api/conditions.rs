@@ -100,7 +100,17 @@ reasons! {
     APIRequestFailed,
     /// What the Secret holds is not a connection URI.
     InvalidConnectionURI,
-    /// The database could not be reached, or the connection broke.
+    /// The database's host name could not be resolved.
+    NameResolutionFailed,
+    /// The database's host did not answer at all.
+    ConnectTimeout,
+    /// Something took the connection and did not let the sweep log in.
+    LoginTimeout,
+    /// The database stopped answering in the middle of something.
+    ResponseTimeout,
+    /// The connection broke.
+    ConnectionLost,
+    /// The database refused the connection, or is starting or going away.
     DatabaseUnreachable,
     /// The database's certificate, or the CA to verify it by, is not right.
     TLSFailed,

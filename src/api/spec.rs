@@ -179,11 +179,12 @@ pub struct Database {
 }
 
 /// A Secret in the namespace of the object.
-#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(KubeSchema, Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SecretKeyRef {
     /// Name of the Secret.
     #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = secret_name())]
     pub name: String,
 
     /// The key that holds the connection URI. Absent: the first of `fqdn-uri` and `uri` that is there, else the URI is
@@ -195,7 +196,9 @@ pub struct SecretKeyRef {
 }
 
 /// How the connection is secured.
-#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(KubeSchema, Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[x_kube(validation = Rule::new("!has(self.mode) || self.mode != 'Disable' || !(has(self.caSecretRef) || has(self.clientCertSecretRef))")
+    .message("must not name caSecretRef or clientCertSecretRef with mode Disable: nothing would be verified"))]
 #[serde(rename_all = "camelCase")]
 pub struct Tls {
     /// With the meanings of libpq's sslmode. Disable: no encryption. Require: encrypted, the server is not verified.
@@ -204,9 +207,14 @@ pub struct Tls {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<TlsMode>,
 
-    /// The Secret, in the same namespace, that holds the CA to trust, as PEM. Absent: the public CAs.
+    /// The Secret, in the same namespace, that holds the CA to trust, as PEM. Absent: the public CAs. With mode
+    /// Require, a CA that is named is used as in VerifyCA.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_secret_ref: Option<CaSecretRef>,
+
+    /// The Secret, in the same namespace, that holds the certificate to show to a server that asks for one, as PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_cert_secret_ref: Option<ClientCertSecretRef>,
 }
 
 /// How far the server is verified; libpq's meanings.
@@ -219,11 +227,22 @@ pub enum TlsMode {
 }
 
 /// A Secret with the certificate of a CA.
-#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(KubeSchema, Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CaSecretRef {
     /// Name of the Secret. Its key `ca.crt` holds one or more certificates as PEM.
     #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = secret_name())]
+    pub name: String,
+}
+
+/// A Secret with a client's certificate, as those of type kubernetes.io/tls.
+#[derive(KubeSchema, Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClientCertSecretRef {
+    /// Name of the Secret. Its keys `tls.crt` and `tls.key` hold the certificate and its key as PEM.
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = secret_name())]
     pub name: String,
 }
 
@@ -276,6 +295,12 @@ pub struct Completion {
     /// true: set the column to NULL.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub set_null: Option<bool>,
+}
+
+/// A DNS subdomain, as names of Secrets are.
+fn secret_name() -> Rule {
+    Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')")
+        .message("must be the name of a Secret: lower-case letters, digits, - and .")
 }
 
 /// PostgreSQL cuts a longer name off and would then mean another table or column.

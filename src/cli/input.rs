@@ -1,5 +1,6 @@
 //! What a command without a cluster works on: the file with the object and its Secrets, or a URI in their place.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -9,8 +10,7 @@ use kube::ResourceExt;
 
 use super::default_roots;
 use crate::api::manifest::{self, Manifest};
-use crate::api::spec::TlsMode;
-use crate::credentials::{self, ConnectionUri, SecretData};
+use crate::credentials::{self, ConnectionUri, Credentials, SecretData};
 use crate::sweep::{Plan, Target};
 
 /// Where the object and its database are found.
@@ -38,24 +38,19 @@ pub fn read(args: &Source) -> anyhow::Result<Input> {
     let manifest = manifest::read(&read_file(&args.file)?).with_context(|| args.file.display().to_string())?;
     let sweeper = &manifest.sweeper;
     let database = &sweeper.spec.database;
-    let secret_ref = &database.secret_ref;
     let namespace = sweeper.namespace().unwrap_or_else(|| "default".into());
     let url = args.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok().filter(|url| !url.is_empty()));
-    let uri = match url {
-        Some(url) => ConnectionUri::new(&url),
-        None => {
-            let data = secret(&manifest, &namespace, &secret_ref.name, ", or set --database-url or DATABASE_URL")?;
-            credentials::uri(data, &namespace, &secret_ref.name, secret_ref.key.as_deref())?
-        }
-    };
-    let tls = database.tls.as_ref().filter(|tls| tls.mode != Some(TlsMode::Disable));
-    let ca = tls
-        .and_then(|tls| tls.ca_secret_ref.as_ref())
-        .map(|ca| anyhow::Ok(credentials::ca(secret(&manifest, &namespace, &ca.name, "")?, &ca.name)?))
-        .transpose()?;
+    let uri = url.map(|url| ConnectionUri::new(&url));
+    let mut secrets = BTreeMap::new();
+    // The first holds the URI.
+    for (index, name) in credentials::names(database).into_iter().enumerate().skip(usize::from(uri.is_some())) {
+        let or = if index == 0 { ", or set --database-url or DATABASE_URL" } else { "" };
+        secrets.insert(name.to_owned(), secret(&manifest, &namespace, name, or)?.clone());
+    }
+    let credentials = Credentials::read(database, &namespace, &secrets, uri)?;
     let mode = database.tls.as_ref().and_then(|tls| tls.mode);
     let application_name = format!("audit-log-sweeper/{namespace}/{}", sweeper.name_any());
-    let target = Target::new(&uri, mode, ca.as_deref(), &default_roots()?, &application_name)?;
+    let target = Target::new(&credentials, mode, &default_roots()?, &application_name)?;
     let plan = Plan::new(&sweeper.spec)?;
     Ok(Input { plan, target })
 }

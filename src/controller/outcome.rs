@@ -54,7 +54,13 @@ impl From<&crate::sweep::Error> for Failure {
         let reason = error.reason();
         let reachable = match reason {
             Reason::InvalidConnectionURI | Reason::InvalidSpec => None,
-            Reason::DatabaseUnreachable | Reason::TLSFailed => Some(false),
+            Reason::NameResolutionFailed
+            | Reason::ConnectTimeout
+            | Reason::LoginTimeout
+            | Reason::ResponseTimeout
+            | Reason::ConnectionLost
+            | Reason::DatabaseUnreachable
+            | Reason::TLSFailed => Some(false),
             _ => Some(true),
         };
         Self { reason, message: error.to_string(), class: error.class(), reachable }

@@ -1,5 +1,6 @@
 //! First step: fetches the object as it is now, and the Secrets it names. Needs a client; decides nothing.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Secret;
@@ -7,9 +8,9 @@ use kube::core::DeserializeGuard;
 use kube::{Api, Client, ResourceExt};
 use tokio::time::timeout;
 
-use super::outcome::{Failure, Subject};
+use super::outcome::Failure;
 use crate::api::{AuditLogSweeper, Reason};
-use crate::credentials::{self, CredentialsError, SecretData};
+use crate::credentials::{self, Credentials, CredentialsError, SecretData};
 use crate::sweep::{Class, Target};
 
 /// The longest that one API request may take, its retries by the client included.
@@ -58,18 +59,15 @@ pub async fn target(
     object: &AuditLogSweeper,
     default_roots: &std::sync::Arc<rustls::RootCertStore>,
 ) -> Result<Target, Failure> {
-    let database = &Subject::new(object).spec.database;
-    let secret_ref = &database.secret_ref;
-    let data = secret(client, namespace, &secret_ref.name).await?;
-    let uri = credentials::uri(&data, namespace, &secret_ref.name, secret_ref.key.as_deref())?;
-    let tls = database.tls.as_ref();
-    let ca = match tls.and_then(|tls| tls.ca_secret_ref.as_ref()) {
-        Some(ca) => Some(credentials::ca(&secret(client, namespace, &ca.name).await?, &ca.name)?),
-        None => None,
-    };
+    let database = &object.spec.database;
+    let mut secrets = BTreeMap::new();
+    for name in credentials::names(database) {
+        secrets.insert(name.to_owned(), secret(client, namespace, name).await?);
+    }
+    let credentials = Credentials::read(database, namespace, &secrets, None)?;
+    let mode = database.tls.as_ref().and_then(|tls| tls.mode);
     let application_name = format!("audit-log-sweeper/{namespace}/{}", object.name_any());
-    Target::new(&uri, tls.and_then(|tls| tls.mode), ca.as_deref(), default_roots, &application_name)
-        .map_err(|error| Failure::from(&error))
+    Target::new(&credentials, mode, default_roots, &application_name).map_err(|error| Failure::from(&error))
 }
 
 /// The data of a Secret.

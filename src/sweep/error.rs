@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio_postgres::error::{DbError, Severity};
 
+use super::connection::Stage;
 use crate::api::Reason;
 
 /// What can end a sweep early.
@@ -22,6 +23,15 @@ pub enum Error {
     /// The CA is not PEM.
     #[error("the CA of spec.database.tls.caSecretRef cannot be read: {0}")]
     Ca(&'static str),
+    /// The client certificate cannot be used. What was read is not quoted: it is a key.
+    #[error("the client certificate of spec.database.tls.clientCertSecretRef cannot be used: {0}")]
+    ClientCertificate(&'static str),
+    /// Nobody answers.
+    #[error("{}", unanswered(.host, *.stage, *.after))]
+    Unanswered { host: String, stage: Stage, after: Duration },
+    /// A server that takes no writes, where one that does was asked for.
+    #[error("{host} takes no writes: it is a standby or read-only; name the primary in the connection URI")]
+    ReadOnly { host: String },
     /// A host's name has no address.
     #[error("the host name {host} cannot be resolved: {cause}; check the host in the connection URI")]
     Resolve { host: String, cause: String },
@@ -159,7 +169,10 @@ impl Error {
         if let Some(db) = error.as_db_error() {
             return Self::Server(ServerError::new(Step::Login, db));
         }
+        // A server that refuses our certificate says so when the handshake is over for us.
+        let alert = chain(error).contains("received fatal alert");
         match error.to_string().as_str() {
+            _ if alert => Self::Tls { host, cause: tls_cause(error) },
             "error performing TLS handshake" => Self::Tls { host, cause: tls_cause(error) },
             "authentication error" | "invalid configuration" => Self::Login { host, cause: chain(error) },
             _ => Self::Connect { host, cause: chain(error) },
@@ -171,10 +184,14 @@ impl Error {
         match self {
             Self::Uri(_) => Reason::InvalidConnectionURI,
             Self::Spec(_) => Reason::InvalidSpec,
-            Self::Ca(_) | Self::Tls { .. } => Reason::TLSFailed,
-            Self::Resolve { .. } | Self::Connect { .. } | Self::Timer { .. } | Self::Broken { .. } => {
-                Reason::DatabaseUnreachable
-            }
+            Self::Ca(_) | Self::ClientCertificate(_) | Self::Tls { .. } => Reason::TLSFailed,
+            Self::Resolve { .. } | Self::Unanswered { stage: Stage::Name, .. } => Reason::NameResolutionFailed,
+            Self::Connect { .. } => Reason::DatabaseUnreachable,
+            Self::Unanswered { stage: Stage::Tcp, .. } => Reason::ConnectTimeout,
+            Self::Unanswered { stage: Stage::Handshake, .. } => Reason::LoginTimeout,
+            Self::Timer { .. } => Reason::ResponseTimeout,
+            Self::Broken { .. } => Reason::ConnectionLost,
+            Self::ReadOnly { .. } => Reason::NotPrimary,
             Self::Login { .. } => Reason::AuthenticationFailed,
             Self::Server(error) => error.reason(),
             Self::Answer(_) => Reason::DatabaseError,
@@ -315,7 +332,10 @@ impl Reason {
     /// What to do, for errors whose own text does not say it.
     const fn hint(self) -> Option<&'static str> {
         match self {
-            Self::AuthenticationFailed => Some("check the user and password in the Secret of spec.database.secretRef"),
+            Self::AuthenticationFailed => Some(
+                "check the user and password in the Secret of spec.database.secretRef; where the server demands it, \
+                 spec.database.tls.mode and clientCertSecretRef",
+            ),
             Self::DatabaseNotFound => Some("check the database's name in the connection URI"),
             Self::TooManyConnections => Some("raise max_connections, or let the sweep connect through a pooler"),
             Self::TableNotFound => Some("check spec.schema and spec.table, and that the URI names the right database"),
@@ -333,6 +353,23 @@ impl Reason {
             Self::SchemaMismatch => Some("check spec.columns and spec.complete against the table's columns and types"),
             _ => None,
         }
+    }
+}
+
+/// What was waited for in vain, and what to check.
+fn unanswered(host: &str, stage: Stage, after: Duration) -> String {
+    match stage {
+        Stage::Name => format!(
+            "no name server answered for {host} within {after:?}; check the cluster's DNS and the host in the connection URI"
+        ),
+        Stage::Tcp => format!(
+            "{host} did not answer within {after:?}; check the host and port in the connection URI, and that no firewall \
+             or NetworkPolicy drops the connection"
+        ),
+        Stage::Handshake => format!(
+            "{host} took the connection and did not let us log in within {after:?}; check that PostgreSQL listens on the \
+             port in the connection URI"
+        ),
     }
 }
 
@@ -354,7 +391,11 @@ pub fn chain(error: &dyn StdError) -> String {
 /// What rustls found wrong, and the field to look at.
 fn tls_cause(error: &tokio_postgres::Error) -> String {
     let cause = error.source().map_or_else(String::new, chain);
-    let hint = if cause.contains("UnknownIssuer") {
+    let hint = if cause.contains("received fatal alert") {
+        "the server refuses our side: check spec.database.tls.clientCertSecretRef"
+    } else if cause.contains("Expired") || cause.contains("expired") {
+        "renew the server's certificate; until then, spec.database.tls.mode Require without caSecretRef does not verify it"
+    } else if cause.contains("UnknownIssuer") || cause.contains("BadSignature") {
         "name the Secret with the server's CA in spec.database.tls.caSecretRef"
     } else if cause.contains("not valid for name") {
         "connect by a name that the server's certificate is for, or set spec.database.tls.mode to VerifyCA"

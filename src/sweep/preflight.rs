@@ -15,7 +15,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// # Errors
 /// Those that a sweep would have at the same place.
 pub async fn preflight(plan: &Plan, target: &Target) -> Result<(), Error> {
-    let session = target.connect().await?;
+    let session = target.connect(plan.deadline).await?;
     explain(&session, plan).await?;
     session.close().await;
     Ok(())

@@ -67,11 +67,8 @@ async fn run(job: &Job, start: Instant, stop: &CancellationToken, report: &mut R
     let Job { plan, target, limit, resume_after } = job;
     let deadline = start + plan.deadline;
     let connected = tokio::select! {
-        session = target.connect() => session?,
+        session = target.connect(plan.deadline) => session?,
         () = stop.cancelled() => return Ok(Ended::Stopped),
-        () = tokio::time::sleep_until(deadline) => {
-            return Err(Error::Timer { what: "connecting to the database", after: plan.deadline });
-        }
     };
     let mut sweep = Sweep { plan, target, session: connected, resume_after, deadline, stop, report };
     let cutoff = tokio::select! {

@@ -6,13 +6,14 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore, SignatureScheme,
 };
 
 use super::Error;
 use crate::api::spec::TlsMode;
+use crate::credentials::Credentials;
 
 /// The CAs to trust where the spec names none: those compiled in, or those in `pem` (of `SSL_CERT_FILE`).
 ///
@@ -38,8 +39,16 @@ pub(super) fn roots(pem: &[u8]) -> Result<RootCertStore, Error> {
     Ok(store)
 }
 
-/// The client side of a handshake in the given mode.
-pub(super) fn client_config(mode: TlsMode, roots: Arc<RootCertStore>) -> Result<ClientConfig, Error> {
+/// The client side of a handshake in the given mode. As in libpq, a CA that is named is used: Require with one verifies
+/// as VerifyCA does.
+pub(super) fn client_config(
+    mode: TlsMode,
+    credentials: &Credentials,
+    default_roots: &Arc<RootCertStore>,
+) -> Result<ClientConfig, Error> {
+    let named = credentials.ca.as_deref().map(roots).transpose()?.map(Arc::new);
+    let mode = if mode == TlsMode::Require && named.is_some() { TlsMode::VerifyCA } else { mode };
+    let roots = named.unwrap_or_else(|| default_roots.clone());
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
@@ -56,7 +65,17 @@ pub(super) fn client_config(mode: TlsMode, roots: Arc<RootCertStore>) -> Result<
             builder.dangerous().with_custom_certificate_verifier(Arc::new(Lenient { chain: None, provider }))
         }
     };
-    Ok(builder.with_no_client_auth())
+    let Some(client) = &credentials.client else { return Ok(builder.with_no_client_auth()) };
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&client.certificate).collect();
+    let chain = chain.ok().filter(|chain| !chain.is_empty());
+    let chain = chain.ok_or(Error::ClientCertificate("tls.crt holds no certificate (-----BEGIN CERTIFICATE-----)"))?;
+    // The causes may quote what was read.
+    let key = PrivateKeyDer::from_pem_slice(&client.key).map_err(|_| {
+        Error::ClientCertificate("tls.key holds no unencrypted private key (-----BEGIN PRIVATE KEY-----)")
+    })?;
+    builder
+        .with_client_auth_cert(chain, key)
+        .map_err(|_| Error::ClientCertificate("tls.key is not the key of tls.crt, or of a kind that is not known here"))
 }
 
 /// Verifies less than everything, as the user wrote: the chain without the host's name, or neither. The server must

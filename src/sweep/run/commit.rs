@@ -82,7 +82,7 @@ impl Sweep<'_> {
     }
 
     async fn ask(&self, receipt: &Receipt) -> Result<Option<bool>, Error> {
-        let session = self.target.connect().await?;
+        let session = self.target.connect(LOOKUP_TIMEOUT).await?;
         let status = session.query(Step::Lookup, &statement::transaction_status(receipt), self.patience()).await;
         let status = match &status {
             Ok(answer) => statement::last_row(answer).and_then(|row| statement::text(row, 0)).unwrap_or_default(),

@@ -1,9 +1,11 @@
 //! The suite for the sweep on a real server; `cargo xtask test --postgres MAJOR` runs it on any version.
 
 mod bouncer;
+mod connections;
 mod edges;
 mod faults;
 mod history;
 mod poison;
 mod shapes;
+mod silence;
 mod sweep;

@@ -2,7 +2,7 @@
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose,
+    KeyUsagePurpose, date_time_ymd,
 };
 
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -29,6 +29,14 @@ impl Authority {
     pub fn server(&self, names: &[&str]) -> anyhow::Result<Identity> {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
         self.sign(CertificateParams::new(names)?, "server", ExtendedKeyUsagePurpose::ServerAuth)
+    }
+
+    /// The same, valid until some years ago.
+    pub fn expired_server(&self, names: &[&str]) -> anyhow::Result<Identity> {
+        let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+        let mut params = CertificateParams::new(names)?;
+        (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
+        self.sign(params, "server", ExtendedKeyUsagePurpose::ServerAuth)
     }
 
     /// For a client; PostgreSQL's `cert` method takes the name for the role.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use audit_log_sweeper::api::AuditLogSweeperSpec;
-use audit_log_sweeper::credentials::ConnectionUri;
+use audit_log_sweeper::credentials::{ConnectionUri, Credentials};
 use audit_log_sweeper::sweep::{Job, Plan, Report, Target, sweep, tls};
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
@@ -73,7 +73,7 @@ pub fn job(uri: &str, name: &str, spec: Value) -> Job {
     let plan = Plan::new(&spec).unwrap();
     let roots = Arc::new(tls::default_roots(None).unwrap());
     let mode = Some(audit_log_sweeper::api::spec::TlsMode::Disable);
-    let target = Target::new(&ConnectionUri::new(uri), mode, None, &roots, &app(name)).unwrap();
+    let target = Target::new(&Credentials::new(ConnectionUri::new(uri)), mode, &roots, &app(name)).unwrap();
     Job { limit: plan.limit, plan, target, resume_after: None }
 }
 

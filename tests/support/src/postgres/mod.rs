@@ -35,6 +35,8 @@ pub struct PostgresOptions {
     pub access: Vec<String>,
     /// For what crashes with the whole machine; a server that is killed loses nothing without.
     pub fsync: bool,
+    /// Its certificate is no longer valid.
+    pub expired: bool,
 }
 
 /// How a server stops: as for a restart (open transactions are rolled back), or as in a crash.
@@ -88,7 +90,8 @@ impl PostgresServer {
         output(&mut initdb).context("no PostgreSQL cluster can be made")?;
 
         let (authority, stranger) = (Authority::new("audit-log-sweeper PostgreSQL")?, Authority::new("stranger")?);
-        let identity = authority.server(&["localhost", "127.0.0.1"])?;
+        let names = ["localhost", "127.0.0.1"];
+        let identity = if options.expired { authority.expired_server(&names)? } else { authority.server(&names)? };
         let access = options.access.join("\n") + "\nhost all all 127.0.0.1/32 scram-sha-256\n";
         let files = [
             ("ssl_cert_file", "server.crt", identity.certificate_pem),
