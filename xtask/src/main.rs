@@ -27,6 +27,9 @@ enum Task {
         /// Run the database suite alone, on this major version of PostgreSQL (13 to 18)
         #[arg(long, value_name = "MAJOR")]
         postgres: Option<u32>,
+        /// Run the database suite alone, with every sweep through PgBouncer in transaction mode
+        #[arg(long)]
+        pgbouncer: bool,
         /// Passed on to `cargo test`
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -56,7 +59,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Task::Test { postgres, arguments } => test::run(postgres, &arguments),
+        Task::Test { postgres, pgbouncer, arguments } => test::run(postgres, pgbouncer, &arguments),
         Task::History { seconds, seed } => history::run(seconds, seed),
         Task::Mutants => mutants::run(),
         Task::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),

@@ -16,7 +16,7 @@ use crate::fixtures::{Log, id};
 async fn sweeps_and_leaves_no_setting_behind() {
     let log = Log::new().await;
     log.start_many(25).await;
-    let bouncer = Bouncer::start(&log.database).await.unwrap();
+    let bouncer = Bouncer::start(&log.database, 1).await.unwrap();
     let report = sweep(&log.job_at(&bouncer.uri(), json!({ "batchSize": 10 })), &CancellationToken::new()).await;
     assert_eq!((report.timed_out, report.outcome()), (25, Outcome::Drained), "{report:?}");
     // One server connection serves all clients, so the next one sees what the sweep left.
@@ -44,7 +44,7 @@ async fn a_stop_cancels_through_it_and_other_clients_notice_nothing() {
     let log = Log::new().await;
     log.start_many(3).await;
     log.before_update(&format!("IF NEW.id = '{}' THEN PERFORM pg_sleep(30); END IF;", id(2))).await;
-    let bouncer = Bouncer::start(&log.database).await.unwrap();
+    let bouncer = Bouncer::start(&log.database, 1).await.unwrap();
     let others = futures::future::try_join_all((0..5).map(|_| bouncer.client())).await.unwrap();
     for round in 0..5 {
         let stop = CancellationToken::new();

@@ -33,12 +33,12 @@ async fn a_silent_server_is_unreachable_and_not_a_deadline_that_was_reached() {
     let report =
         sweep(&log.job_at(&uri, json!({ "deadline": "1s", "statementTimeout": "1s" })), &CancellationToken::new())
             .await;
-    assert_eq!((report.outcome(), report.error.unwrap().reason()), (Outcome::Failed, Reason::DatabaseUnreachable));
+    assert_eq!((report.outcome(), report.error.unwrap().reason()), (Outcome::Failed, Reason::LoginTimeout));
     operator.secret("db", &[("uri", &uri)]).await;
     operator.apply("app", json!({ "deadline": "1s", "statementTimeout": "1s" })).await;
     let status = operator.until("app", "the failure", |s| s["lastError"] != Value::Null).await;
     assert!(
-        has(&status, "Ready=False/DatabaseUnreachable") && has(&status, "DatabaseReachable=False/DatabaseUnreachable"),
+        has(&status, "Ready=False/LoginTimeout") && has(&status, "DatabaseReachable=False/LoginTimeout"),
         "{status:#}"
     );
     assert_eq!(status["lastSuccessfulTime"], Value::Null);

@@ -53,7 +53,7 @@ async fn no_history_breaks_a_promise() {
     }
     for (sweeper, limit, batch) in [("a", 7, 3), ("b", 50, 10)] {
         let make = {
-            let (uri, spec) = (log.database.uri(), json!({ "limit": limit, "batchSize": batch }));
+            let (uri, spec) = (log.uri(), json!({ "limit": limit, "batchSize": batch }));
             move |name: &str| job(&uri, name, spec.clone())
         };
         players.push(tokio::spawn(sweep_on(sweeper, make, stop.clone(), journal.clone())));
@@ -68,7 +68,7 @@ async fn no_history_breaks_a_promise() {
     tokio::time::sleep(TIMEOUT + Duration::from_millis(100)).await;
     for last in ["last-1", "last-2"] {
         let report = audit_log_sweeper::sweep::sweep(
-            &job(&log.database.uri(), last, json!({ "limit": 1_000_000 })),
+            &job(&log.uri(), last, json!({ "limit": 1_000_000 })),
             &CancellationToken::new(),
         )
         .await;

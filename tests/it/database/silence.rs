@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::sweep::sweep;
 use serde_json::json;
+use support::scratch::Scratch;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
@@ -47,6 +48,29 @@ async fn a_host_that_drops_packets() {
     let (took, reason, text) = end_of(&log, place, json!({})).await;
     assert_eq!(reason, Reason::ConnectTimeout, "{text}");
     assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs root, to give one process another /etc/resolv.conf"]
+async fn a_name_server_that_never_answers() {
+    let silent = std::net::UdpSocket::bind("127.0.0.99:53").unwrap();
+    let scratch = Scratch::new(None).unwrap();
+    let settings =
+        scratch.write("resolv.conf", "nameserver 127.0.0.99\noptions timeout:10 attempts:3\n", None).unwrap();
+    let object = "apiVersion: auditlog.dev/v1alpha1\nkind: AuditLogSweeper\nmetadata: {name: app}\n\
+                  spec: {database: {secretRef: {name: db}}}\n";
+    let object = scratch.write("app.yaml", object, None).unwrap();
+    let start = Instant::now();
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--mount", "sh", "-c", "mount --bind \"$1\" /etc/resolv.conf && exec \"$2\" sweep -f \"$3\"", "sh"]);
+    command.arg(settings).arg(env!("CARGO_BIN_EXE_audit-log-sweeper")).arg(object);
+    command.env("DATABASE_URL", "postgresql://u:p@db.example.org/d?connect_timeout=1");
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    drop(silent);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("NameResolutionFailed: no name server answered for db.example.org within 1s"), "{text}");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ pub struct Bouncer {
     process: Process,
     _scratch: Scratch,
     uri: String,
+    port: u16,
 }
 
 /// Where it is installed, if it is. Debian puts it where ordinary users do not look.
@@ -24,8 +25,8 @@ pub fn installed() -> Option<PathBuf> {
 }
 
 impl Bouncer {
-    /// Starts it with one server connection for all clients, so that whatever one of them leaves behind is seen.
-    pub async fn start(database: &Database) -> anyhow::Result<Bouncer> {
+    /// Starts it with so many server connections for all clients: with one, whatever a client leaves behind is seen.
+    pub async fn start(database: &Database, connections: u32) -> anyhow::Result<Bouncer> {
         let program = installed().context("PgBouncer is needed (Debian and Ubuntu: `apt-get install pgbouncer`)")?;
         // It refuses to run as root.
         let account = Account::unprivileged()?;
@@ -36,7 +37,7 @@ impl Bouncer {
         let settings = format!(
             "[databases]\n{name} = host={host} port={server} dbname={name}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
              listen_port = {port}\nunix_socket_dir =\nauth_type = scram-sha-256\nauth_file = {}\npool_mode = transaction\n\
-             default_pool_size = 1\nmax_client_conn = 50\n",
+             default_pool_size = {connections}\nmax_client_conn = 50\n",
             users.display()
         );
         let settings = scratch.write("pgbouncer.ini", settings, account)?;
@@ -45,6 +46,7 @@ impl Bouncer {
             process: program.start(&scratch)?,
             _scratch: scratch,
             uri: format!("postgresql://{user}:{password}@127.0.0.1:{port}/{name}"),
+            port,
         };
         let end = tokio::time::Instant::now() + Duration::from_secs(10);
         while let Err(error) = bouncer.client().await {
@@ -57,6 +59,11 @@ impl Bouncer {
     /// Where the database is reached through it.
     pub fn uri(&self) -> String {
         self.uri.clone()
+    }
+
+    /// The port it listens on.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// A client of it.
