@@ -3,6 +3,7 @@
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
+use support::leaks;
 use support::scratch::Scratch;
 
 use crate::fixtures::Log;
@@ -12,7 +13,9 @@ fn sweep(file: &str, args: &[&str], env: &[(&str, &str)]) -> Output {
     let path = scratch.write("file.yaml", file, None).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_audit-log-sweeper"));
     command.arg("sweep").arg("-f").arg(path).args(args).env_remove("DATABASE_URL").envs(env.iter().copied());
-    command.output().unwrap()
+    let output = command.output().unwrap();
+    leaks::keep_output(&output);
+    output
 }
 
 fn sweeper(spec: &str) -> String {
@@ -54,7 +57,7 @@ async fn sweeps_once_from_a_file_with_its_secret_and_prints_json() {
 #[tokio::test]
 async fn the_uri_comes_from_the_flag_then_the_environment_then_the_file() {
     let log = Log::new().await;
-    let (good, bad) = (log.database.uri(), "postgresql://u:hunter2@127.0.0.1:1/d");
+    let (good, bad) = (log.database.uri(), "postgresql://u:hunter2leak@127.0.0.1:1/d");
     let exit = |output: Output| output.status.code();
     assert_eq!(exit(sweep(&sweeper(""), &["--database-url", &good], &[("DATABASE_URL", bad)])), Some(0));
     assert_eq!(exit(sweep(&(sweeper("") + &secret(bad)), &[], &[("DATABASE_URL", &good)])), Some(0));
@@ -80,7 +83,7 @@ async fn a_failed_sweep_exits_with_1_and_counts_what_was_committed() {
 
 #[tokio::test]
 async fn bad_input_exits_with_2_says_why_and_shows_no_secret() {
-    let secret = secret("postgresql://u:hunter2@h/d");
+    let secret = secret("postgresql://u:hunter2leak@h/d");
     let cases = [
         ("not: [yaml".to_owned() + &secret, "is not YAML"),
         (secret.clone(), "holds no AuditLogSweeper"),

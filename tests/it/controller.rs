@@ -87,7 +87,7 @@ async fn every_failure_says_what_to_do_and_shows_no_secret() {
     let operator = Operator::new().await;
     let good = log.database.uri();
     let secret = log.database.password.clone();
-    let wrong_password = good.replace(&secret, "hunter2-wrong");
+    let wrong_password = good.replace(&secret, "hunter2leak-wrong");
     let unreachable = good.replace(&format!(":{}/", log.database.port), ":1/");
     operator.apply("app", json!({ "period": "1h" })).await;
 

@@ -8,11 +8,11 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
-use support::bouncer;
 use support::postgres::Binaries;
 use support::process::output;
 use support::scratch::Scratch;
 use support::tools::Tools;
+use support::{bouncer, leaks};
 
 /// Servers get a signal when the tests end; this is how long they may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -29,8 +29,9 @@ pub fn run(major: Option<u32>, pgbouncer: bool, arguments: &[String]) -> anyhow:
     let temporary = Scratch::new(None)?;
     // As root, PostgreSQL runs as another user, who has to get to its folder in there.
     fs::set_permissions(temporary.path(), Permissions::from_mode(0o711))?;
+    let output_of_all = Scratch::new(None)?;
     let mut tests = cargo();
-    tests.args(["test", "--locked"]).env("TMPDIR", temporary.path());
+    tests.args(["test", "--locked"]).env("TMPDIR", temporary.path()).env(leaks::FOLDER, output_of_all.path());
     if let Some(major) = major {
         tests.env("AUDIT_LOG_SWEEPER_POSTGRES", major.to_string());
     }
@@ -76,6 +77,13 @@ pub fn run(major: Option<u32>, pgbouncer: bool, arguments: &[String]) -> anyhow:
         return Ok(ExitCode::FAILURE);
     }
     println!("No process and no folder was left behind");
+    let (leaks, files, bytes) = leaks::search(output_of_all.path())?;
+    println!("Searched {files} outputs of the product, {} kB, for the secrets planted in the tests", bytes / 1024);
+    anyhow::ensure!(files > 0 || database_only || !arguments.is_empty(), "no output was kept, so nothing was searched");
+    if !leaks.is_empty() {
+        println!("Secrets were shown {} times:\n{}", leaks.len(), leaks.join("\n"));
+        return Ok(ExitCode::FAILURE);
+    }
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 

@@ -1,6 +1,7 @@
 //! A Kubernetes control plane without nodes: etcd and the API server, with RBAC and an audit log. Pods are stored and never run.
 
 use crate::certificates::Authority;
+use crate::leaks;
 use crate::process::{Process, Program};
 use crate::scratch::Scratch;
 use crate::tools::Tools;
@@ -20,12 +21,16 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use tokio::time::{sleep, timeout};
 
-/// What tests count: how often the resource and the Secrets that it names were asked for. All else would bury it.
+/// What tests count: how often the resource and the Secrets that it names were asked for; and what is searched for
+/// secrets: all that is written into the resource and into events. All else would bury it.
 const AUDIT_POLICY: &str = "\
 apiVersion: audit.k8s.io/v1
 kind: Policy
 omitStages: [RequestReceived]
 rules:
+  - level: Request
+    verbs: [create, update, patch]
+    resources: [{group: auditlog.dev}, {group: events.k8s.io}]
   - level: Metadata
     resources: [{group: auditlog.dev}, {group: '', resources: [secrets]}]
   - level: None
@@ -49,6 +54,7 @@ pub struct ControlPlane {
     ca_pem: String,
     admin_token: String,
     admin_kubeconfig: PathBuf,
+    audit_log: PathBuf,
 }
 
 impl ControlPlane {
@@ -83,6 +89,10 @@ impl ControlPlane {
         let service_accounts = authority.client("service accounts")?;
         let admin_token = random_hex();
         let port = free_port()?;
+        let audit_log = match leaks::folder() {
+            Some(folder) => folder.join(format!("audit-{}.log", random_hex())),
+            None => scratch.path().join("audit.log"),
+        };
         let flag = |flag: &str, name: &str, contents: &str| {
             let path = scratch.write(name, contents, None)?;
             anyhow::Ok(format!("--{flag}={}", path.display()))
@@ -105,7 +115,7 @@ impl ControlPlane {
                 .arg(flag("service-account-key-file", "service-accounts.crt", &service_accounts.certificate_pem)?)
                 .arg("--service-cluster-ip-range=10.96.0.0/16")
                 .arg(flag("audit-policy-file", "audit-policy.yaml", AUDIT_POLICY)?)
-                .arg(format!("--audit-log-path={}", scratch.path().join("audit.log").display()))
+                .arg(format!("--audit-log-path={}", audit_log.display()))
                 .arg("--audit-log-mode=blocking");
         scratch.write("ca.crt", authority.pem(), None)?;
 
@@ -118,6 +128,7 @@ impl ControlPlane {
             ca_pem: authority.pem(),
             admin_kubeconfig: PathBuf::new(),
             admin_token,
+            audit_log,
             scratch,
         };
         started.admin_kubeconfig = started.kubeconfig_for(&started.admin_token, "admin")?;
@@ -226,7 +237,7 @@ impl ControlPlane {
 
     /// Every request so far for the resource and for Secrets, oldest first.
     pub fn audit_events(&self) -> anyhow::Result<Vec<Value>> {
-        let log = fs::read_to_string(self.scratch.path().join("audit.log")).context("the audit log cannot be read")?;
+        let log = fs::read_to_string(&self.audit_log).context("the audit log cannot be read")?;
         // The last line may be half written.
         let whole = &log[..log.rfind('\n').map_or(0, |end| end + 1)];
         Ok(whole.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)

@@ -4,6 +4,7 @@ pub mod bouncer;
 pub mod cache;
 pub mod certificates;
 pub mod control_plane;
+pub mod leaks;
 pub mod postgres;
 pub mod process;
 pub mod progress;

@@ -1,5 +1,6 @@
 //! A program that never outlives us: a watchdog shell stops it when the pipe that we hold ends, however we ended.
 
+use crate::leaks;
 use crate::scratch::Scratch;
 use anyhow::{Context, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -75,9 +76,16 @@ pub struct Program {
     /// What asks it to end, and how long it has before it is killed.
     pub stop_signal: Signal,
     pub grace: Duration,
+    /// It is what is tested: its log is kept to be searched, if output is kept.
+    pub ours: bool,
 }
 
 impl Program {
+    /// The program that is tested.
+    pub fn ours(name: &str, path: impl Into<PathBuf>) -> Program {
+        Program { ours: true, ..Program::new(name, path) }
+    }
+
     pub fn new(name: &str, path: impl Into<PathBuf>) -> Program {
         let (name, path) = (name.to_owned(), path.into());
         Program {
@@ -88,6 +96,7 @@ impl Program {
             account: None,
             stop_signal: Signal::SIGTERM,
             grace: Duration::from_secs(10),
+            ours: false,
         }
     }
 
@@ -103,7 +112,10 @@ impl Program {
 
     /// Starts it in the folder, where its log goes too. It outlives neither the returned value nor this process.
     pub fn start(&self, scratch: &Scratch) -> anyhow::Result<Process> {
-        let log = scratch.path().join(format!("{}.log", self.name));
+        let log = match leaks::folder().filter(|_| self.ours) {
+            Some(folder) => folder.join(format!("{}-{}.log", self.name, crate::random_hex())),
+            None => scratch.path().join(format!("{}.log", self.name)),
+        };
         let marker = Scratch::running(scratch.path()).join(format!("{}-{}", self.name, crate::random_hex()));
         let mut command = Command::new("/bin/sh");
         command

@@ -1,6 +1,7 @@
 //! A database that a test has to itself.
 
 use super::{PostgresServer, connect};
+use crate::leaks::MARKER;
 use crate::random_hex;
 use std::thread;
 use tokio::runtime::Builder;
@@ -19,7 +20,7 @@ pub struct Database {
 
 impl Database {
     pub(super) async fn create(server: &PostgresServer) -> anyhow::Result<Database> {
-        let (name, password) = (format!("test_{}", &random_hex()[..12]), random_hex());
+        let (name, password) = (format!("test_{}", &random_hex()[..12]), format!("{MARKER}{}", random_hex()));
         let client = server.connect("postgres").await?;
         client.batch_execute(&format!("CREATE ROLE {name} LOGIN PASSWORD '{password}'")).await?;
         // Nobody can be connected to this template, so that many can be copied at once.

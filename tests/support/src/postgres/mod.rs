@@ -7,6 +7,7 @@ pub use binaries::Binaries;
 pub use database::Database;
 
 use crate::certificates::Authority;
+use crate::leaks::MARKER;
 use crate::process::{Account, Process, Program, output};
 use crate::scratch::Scratch;
 use crate::{free_port, random_hex, start_once};
@@ -76,7 +77,7 @@ impl PostgresServer {
         let binaries = options.binaries.clone().map_or_else(Binaries::ensure, Ok)?;
         let account = Account::unprivileged()?;
         let scratch = Scratch::new(account)?;
-        let (password, port) = (random_hex(), free_port()?);
+        let (password, port) = (format!("{MARKER}{}", random_hex()), free_port()?);
         let bin = binaries.reachable_by(account, &scratch)?;
         let data = scratch.path().join("data");
 
@@ -89,7 +90,8 @@ impl PostgresServer {
         }
         output(&mut initdb).context("no PostgreSQL cluster can be made")?;
 
-        let (authority, stranger) = (Authority::new("audit-log-sweeper PostgreSQL")?, Authority::new("stranger")?);
+        let (authority, stranger) =
+            (Authority::new(&format!("{MARKER} PostgreSQL"))?, Authority::new(&format!("{MARKER} stranger"))?);
         let names = ["localhost", "127.0.0.1"];
         let identity = if options.expired { authority.expired_server(&names)? } else { authority.server(&names)? };
         let access = options.access.join("\n") + "\nhost all all 127.0.0.1/32 scram-sha-256\n";
