@@ -82,6 +82,11 @@ impl Target {
         Ok(Self { config, writable, connector: MakeRustlsConnect::new(tls) })
     }
 
+    /// The database servers that it may reach, hosts and ports: alike for all targets of the same ones.
+    pub fn servers(&self) -> String {
+        format!("{:?} {:?} {:?}", self.config.get_hosts(), self.config.get_hostaddrs(), self.config.get_ports())
+    }
+
     /// Connects to the first host that will have us, in `limit` altogether.
     ///
     /// # Errors
@@ -239,6 +244,12 @@ pub(super) struct Session {
     target: Target,
     host: String,
     peer: Peer,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Session([redacted])")
+    }
 }
 
 impl Session {

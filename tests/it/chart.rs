@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::ServiceAccount;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use kube::api::PostParams;
@@ -12,7 +13,7 @@ use support::process::output;
 use support::tools::Tools;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{RELEASE, chart, has, install};
+use crate::fixtures::operator::{RELEASE, allow, chart, has, install, lease_rules};
 use crate::fixtures::{Log, Operator};
 
 #[tokio::test]
@@ -71,13 +72,16 @@ async fn works_with_the_charts_rights_and_with_none_less() {
     let operator = Operator::absent().await;
     let (client, plane) = (operator.client.clone(), operator.plane);
     let chart_role = Api::<ClusterRole>::all(client.clone()).get(RELEASE.1).await.unwrap();
-    let rules: Vec<Value> = chart_role.rules.unwrap().iter().map(|rule| json!(rule)).collect();
+    let mut rules: Vec<Value> = chart_role.rules.unwrap().iter().map(|rule| json!(rule)).collect();
+    rules.extend(lease_rules(&client).await);
     let roles = roles(&rules);
-    assert_eq!(roles.len(), 6, "all, and without each of: {rules:?}");
+    assert_eq!(roles.len(), 9, "all, and without each of: {rules:?}");
     let works = futures::future::join_all(roles.into_iter().map(|(what, rules)| {
         let client = client.clone();
         async move {
-            let works = works_with(&client, plane, rules).await;
+            // Who may create a lease has it; the right to update shows where there is one already.
+            let released = what == "update leases";
+            let works = works_with(&client, plane, rules, released).await;
             (what, works)
         }
     }))
@@ -88,12 +92,24 @@ async fn works_with_the_charts_rights_and_with_none_less() {
 }
 
 /// Whether an operator with these rights sweeps an object that appears while it runs, and says so.
-async fn works_with(client: &kube::Client, plane: &'static ControlPlane, rules: Vec<Value>) -> Result<(), String> {
+async fn works_with(
+    client: &kube::Client,
+    plane: &'static ControlPlane,
+    rules: Vec<Value>,
+    released: bool,
+) -> Result<(), String> {
     let mut operator = Operator::absent().await;
     let name = operator.namespace.clone();
     let create = PostParams::default();
+    if released {
+        let lease = json!({ "metadata": { "name": RELEASE.1 }, "spec": { "holderIdentity": "" } });
+        let leases: Api<Lease> = Api::namespaced(client.clone(), &name);
+        leases.create(&create, &serde_json::from_value(lease).unwrap()).await.unwrap();
+    }
     let account = serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap();
     Api::<ServiceAccount>::namespaced(client.clone(), &name).create(&create, &account).await.unwrap();
+    let (leases, rules): (Vec<_>, Vec<_>) = rules.into_iter().partition(|rule| rule["resources"] == json!(["leases"]));
+    allow(client, &name, (&name, &name), &leases).await;
     let role = serde_json::from_value(json!({ "metadata": { "name": name }, "rules": rules })).unwrap();
     let role = Api::<ClusterRole>::all(client.clone()).create(&create, &role).await.unwrap();
     let binding = serde_json::from_value(json!({
