@@ -31,7 +31,7 @@ enum Task {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
-    /// Write the files that are made from the code: the CustomResourceDefinition, for kubectl and for the chart
+    /// Write the files that are made from others: the CRD, the chart's README, the manifest to install without Helm
     Generate {
         /// Write nothing; fail if a file is not up to date
         #[arg(long)]
