@@ -130,7 +130,7 @@ async fn installs_upgrades_rolls_back_and_uninstalls_without_losing_objects() {
 
 #[tokio::test]
 async fn the_crd_has_one_owner_and_another_release_can_take_it_over() {
-    let cluster = Cluster::start().await;
+    let (cluster, scratch) = (Cluster::start().await, Scratch::new(None).unwrap());
     let chart = chart().display().to_string();
     install(&cluster.0).await;
     cluster.kubectl(&["apply", "-f", concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/sample.yaml")]);
@@ -174,13 +174,17 @@ async fn the_crd_has_one_owner_and_another_release_can_take_it_over() {
     assert_eq!((cluster.uid(), cluster.owner()), (uid, owner("third", "other")));
     cluster.helm(&["uninstall", "other", "-n", "third"]);
 
-    // From kubectl.
+    // From kubectl, and of another version: the two want different things of one field.
     cluster.kubectl(&["delete", "crd", CRD]);
-    let crd = concat!(env!("CARGO_MANIFEST_DIR"), "/crds/auditlogsweepers.auditlog.dev.yaml");
-    for apply in [&["apply", "-f", crd][..], &["apply", "--server-side", "--force-conflicts", "-f", crd]] {
+    let crd =
+        fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/crds/auditlogsweepers.auditlog.dev.yaml")).unwrap();
+    let earlier = scratch.write("crd.yaml", crd.replace("description: Why", "description: Why not"), None).unwrap();
+    let earlier = earlier.display().to_string();
+    for apply in [&["apply", "-f", &earlier][..], &["apply", "--server-side", "--force-conflicts", "-f", &earlier]] {
         cluster.kubectl(apply);
         take_over("fourth");
         assert_eq!(cluster.owner(), owner("fourth", "other"));
+        assert!(!cluster.kubectl(&["get", "crd", CRD, "-o", "yaml"]).contains("description: Why not"));
     }
 }
 

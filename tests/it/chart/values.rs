@@ -12,7 +12,7 @@ use crate::fixtures::Operator;
 use crate::fixtures::operator::chart;
 
 /// Flags of the chart that `run` does not know yet.
-const AWAITED: [&str; 4] = ["--leader-elect", "--lease-name", "--lease-namespace", "--selector"];
+const AWAITED: [&str; 3] = ["--lease-name", "--max-sweeps-per-server", "--selector"];
 
 /// What every mode has.
 const ALWAYS: [&str; 5] = ["Deployment", "Pod", "Role", "RoleBinding", "ServiceAccount"];
@@ -51,7 +51,7 @@ const MODES: [(&[&str], &[&str]); 8] = [
         &[
             "crds.enabled=false",
             "watchNamespaces={NS}",
-            "caBundle.secretName=ca,caBundle.key=roots.pem,logLevel=trace,logFormat=text,maxConcurrentSweeps=3",
+            "caBundle.secretName=ca,caBundle.key=roots.pem,logLevel=trace,logFormat=text,maxConcurrentSweeps=3,maxSweepsPerServer=2",
             "topologySpreadConstraints[0].maxSkew=1,topologySpreadConstraints[0].topologyKey=zone",
             "topologySpreadConstraints[0].whenUnsatisfiable=DoNotSchedule",
             "podSecurityContext.runAsUser=null,podSecurityContext.runAsGroup=null,resources.limits.cpu=1",
@@ -174,8 +174,10 @@ async fn values_reach_what_they_are_for() {
     let objects = mode(2);
     let args = container(&objects)["args"].to_string();
     assert!(args.contains(&format!("\"--namespace={namespace}\",\"--namespace=default\"")), "{args}");
-    let lease = format!("\"--lease-namespace={namespace}\",\"--lease-name=dry-audit-log-sweeper\"");
-    assert!(args.contains(&lease), "{args}");
+    assert!(args.contains("\"--lease-name=dry-audit-log-sweeper\""), "{args}");
+    let env = &container(&objects)["env"];
+    assert_eq!((&env[0]["name"], &env[1]["name"]), (&json!("POD_NAME"), &json!("POD_NAMESPACE")));
+    assert_eq!(env[1]["valueFrom"]["fieldRef"]["fieldPath"], "metadata.namespace");
 
     let objects = mode(3);
     assert_eq!(
@@ -194,8 +196,8 @@ async fn values_reach_what_they_are_for() {
         full["image"],
         "audit-log-sweeper@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
     );
-    assert_eq!(full["env"][0], json!({ "name": "SSL_CERT_FILE", "value": "/etc/audit-log-sweeper/ca/ca.crt" }));
-    assert_eq!(full["env"][1], json!({ "name": "HTTPS_PROXY", "value": "http://proxy:3128" }));
+    assert_eq!(full["env"][2], json!({ "name": "SSL_CERT_FILE", "value": "/etc/audit-log-sweeper/ca/ca.crt" }));
+    assert_eq!(full["env"][3], json!({ "name": "HTTPS_PROXY", "value": "http://proxy:3128" }));
     assert!(full["args"].to_string().contains("\"--selector=shard in (a, b)\""));
     let pod = &deployment["spec"]["template"];
     assert_eq!(pod["spec"]["volumes"][0]["configMap"]["name"], "ca");
@@ -211,13 +213,15 @@ async fn values_reach_what_they_are_for() {
     let objects = mode(6);
     let pod = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"];
     assert_eq!(pod["volumes"][0]["secret"]["secretName"], "ca");
-    assert_eq!(container(&objects)["env"][0]["value"], "/etc/audit-log-sweeper/ca/roots.pem");
+    assert_eq!(container(&objects)["env"][2]["value"], "/etc/audit-log-sweeper/ca/roots.pem");
     assert_eq!(pod["topologySpreadConstraints"].as_array().unwrap().len(), 1);
     assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
     assert!(pod["securityContext"].get("runAsUser").is_none(), "{pod}");
     let args = container(&objects)["args"].to_string();
     assert!(
-        ["--log-level=trace", "--log-format=text", "--max-concurrent-sweeps=3"].iter().all(|arg| args.contains(arg))
+        ["--log-level=trace", "--log-format=text", "--max-concurrent-sweeps=3", "--max-sweeps-per-server=2"]
+            .iter()
+            .all(|arg| args.contains(arg))
     );
 }
 
@@ -243,6 +247,7 @@ fn nonsense_is_refused_and_named() {
         ("watchNamespaces={a,a}", "'/watchNamespaces': items at 0 and 1 are equal"),
         ("logLevel=loud", "'/logLevel': value must be one of 'error', 'warn', 'info', 'debug', 'trace'"),
         ("maxConcurrentSweeps=0", "'/maxConcurrentSweeps': minimum: got 0, want 1"),
+        ("maxSweepsPerServer=0", "'/maxSweepsPerServer': minimum: got 0, want 1"),
         ("crds.enabled=maybe", "'/crds/enabled': got string, want boolean"),
         ("extraEnv[0].value=x", "'/extraEnv/0': missing property 'name'"),
         ("networkPolicy.databasePorts={99999}", "'/networkPolicy/databasePorts/0': maximum: got 99,999, want 65,535"),
