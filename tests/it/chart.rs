@@ -1,148 +1,193 @@
-//! The chart with the real Helm on a real API server: install, upgrade, uninstall, and exactly the rights it needs.
+//! The chart with the real Helm on a real API server: its life from install to uninstall, and who owns the CRD.
 
-use std::time::Duration;
+mod rights;
+mod values;
 
-use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::ServiceAccount;
-use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
-use kube::api::PostParams;
-use kube::{Api, ResourceExt};
-use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
 use support::control_plane::ControlPlane;
 use support::process::output;
+use support::scratch::Scratch;
 use support::tools::Tools;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{RELEASE, allow, chart, has, install, lease_rules};
-use crate::fixtures::{Log, Operator};
+use crate::fixtures::operator::{PATIENCE, RELEASE, chart, install};
+
+const CRD: &str = "auditlogsweepers.auditlog.dev";
+
+/// A control plane that the test has to itself: it changes the CRD.
+struct Cluster(ControlPlane);
+
+impl Cluster {
+    async fn start() -> Self {
+        let tools = tokio::task::spawn_blocking(Tools::ensure).await.unwrap().unwrap();
+        Self(ControlPlane::start(&tools).await.unwrap())
+    }
+
+    fn helm(&self, args: &[&str]) -> String {
+        output(self.0.helm().args(args)).unwrap()
+    }
+
+    fn kubectl(&self, args: &[&str]) -> String {
+        output(self.0.kubectl().args(args)).unwrap()
+    }
+
+    /// What tells the object from another one of its name.
+    fn uid(&self) -> String {
+        self.kubectl(&["get", "als", "app", "-o", "jsonpath={.metadata.uid}"])
+    }
+
+    /// The namespace and name of the release that owns the CRD.
+    fn owner(&self) -> (String, String) {
+        let crd: Value = serde_json::from_str(&self.kubectl(&["get", "crd", CRD, "-o", "json"])).unwrap();
+        let of = |key: &str| crd["metadata"]["annotations"][key].as_str().unwrap_or_default().to_owned();
+        (of("meta.helm.sh/release-namespace"), of("meta.helm.sh/release-name"))
+    }
+
+    /// Sets `spec.note`, a field of a later version, and waits until it is kept (true) or dropped (false).
+    async fn knows_note(&self, known: bool) {
+        let what = if known { "the new field to be kept" } else { "the new field to be dropped" };
+        eventually(what, PATIENCE, async || {
+            self.kubectl(&["patch", "als", "app", "--type=merge", "-p", r#"{"spec":{"note":"kept"}}"#]);
+            let note = self.kubectl(&["get", "als", "app", "-o", "jsonpath={.spec.note}"]);
+            if (note == "kept") == known { Ok(()) } else { Err(note) }
+        })
+        .await;
+    }
+}
+
+/// The chart of a later version, whose CRD has the field `spec.note`.
+fn later_chart(scratch: &Scratch) -> String {
+    let place = scratch.path().join("later");
+    copy(&chart(), &place);
+    let edit = |file: &str, from: &str, to: &str| {
+        let text = fs::read_to_string(place.join(file)).unwrap();
+        assert_eq!(text.matches(from).count(), 1, "{from:?} in {file}");
+        fs::write(place.join(file), text.replace(from, to)).unwrap();
+    };
+    edit("Chart.yaml", "\nversion: 0.1.0", "\nversion: 0.2.0");
+    let first = "            properties:\n              batchSize:";
+    let note = "            properties:\n              note:\n                type: string\n              batchSize:";
+    edit("files/crd.yaml", first, note);
+    place.display().to_string()
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
 
 #[tokio::test]
-async fn installs_upgrades_and_uninstalls_without_losing_objects() {
-    let tools = tokio::task::spawn_blocking(Tools::ensure).await.unwrap().unwrap();
-    let plane = ControlPlane::start(&tools).await.unwrap();
-    let helm = |args: &[&str]| output(plane.helm().args(args)).unwrap();
-    let kubectl = |args: &[&str]| output(plane.kubectl().args(args)).unwrap();
+async fn installs_upgrades_rolls_back_and_uninstalls_without_losing_objects() {
+    let (cluster, scratch) = (Cluster::start().await, Scratch::new(None).unwrap());
     let chart = chart().display().to_string();
-    helm(&["lint", "--strict", &chart]);
-    install(&plane).await;
-    kubectl(&["apply", "-f", concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/sample.yaml")]);
+    install(&cluster.0).await;
+    cluster.kubectl(&["apply", "-f", concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/sample.yaml")]);
+    let uid = cluster.uid();
+    cluster.knows_note(false).await;
 
-    helm(&["upgrade", RELEASE.1, &chart, "-n", RELEASE.0, "--set", "logLevel=debug"]);
-    let args = kubectl(&[
-        "get",
-        "deployment",
-        RELEASE.1,
-        "-n",
-        RELEASE.0,
-        "-o",
-        "jsonpath={.spec.template.spec.containers[0].args}",
-    ]);
-    assert!(args.contains("--log-level=debug"), "{args}");
-    // Every argument of the chart is one that the binary knows.
-    let args: Vec<String> = serde_json::from_str(&args).unwrap();
-    let mut check = std::process::Command::new(env!("CARGO_BIN_EXE_audit-log-sweeper"));
-    output(check.args(args).arg("--help")).unwrap();
+    let later = later_chart(&scratch);
+    cluster.helm(&["upgrade", RELEASE.1, &later, "-n", RELEASE.0, "--set", "logLevel=debug"]);
+    cluster.knows_note(true).await;
+    let deployment = ["get", "deployment", RELEASE.1, "-n", RELEASE.0, "-o", "jsonpath={.spec.template.spec}"];
+    assert!(cluster.kubectl(&deployment).contains("--log-level=debug"));
 
-    helm(&["uninstall", RELEASE.1, "-n", RELEASE.0]);
-    assert_eq!(kubectl(&["get", "als", "app", "-o", "name"]).trim(), "auditlogsweeper.auditlog.dev/app");
-    let left = kubectl(&["get", "clusterroles,clusterrolebindings,deployments,serviceaccounts", "-A", "-o", "name"]);
+    cluster.helm(&["rollback", RELEASE.1, "1", "-n", RELEASE.0]);
+    cluster.knows_note(false).await;
+    assert!(cluster.kubectl(&deployment).contains("--log-level=info"));
+    assert_eq!(cluster.uid(), uid);
+
+    let everything = ["get", "clusterroles,clusterrolebindings,roles,rolebindings,deployments,sa", "-A", "-o", "name"];
+    assert!(cluster.kubectl(&everything).contains("audit-log-sweeper"));
+    cluster.helm(&["uninstall", RELEASE.1, "-n", RELEASE.0]);
+    assert_eq!(cluster.uid(), uid);
+    let left = cluster.kubectl(&everything);
     assert!(!left.contains("audit-log-sweeper"), "{left}");
 
-    helm(&["install", RELEASE.1, &chart, "-n", RELEASE.0]);
-    assert_eq!(kubectl(&["get", "als", "app", "-o", "name"]).trim(), "auditlogsweeper.auditlog.dev/app");
-    kubectl(&["delete", "als", "app"]);
-}
+    // The same release takes the CRD as its own again.
+    cluster.helm(&["install", RELEASE.1, &chart, "-n", RELEASE.0]);
+    assert_eq!(cluster.uid(), uid);
 
-/// The rules of the chart's role, and each of them with one verb less.
-fn roles(rules: &[Value]) -> Vec<(String, Vec<Value>)> {
-    let mut roles = vec![("all".to_owned(), rules.to_vec())];
-    for (index, rule) in rules.iter().enumerate() {
-        for verb in rule["verbs"].as_array().unwrap() {
-            let mut fewer = rules.to_vec();
-            fewer[index]["verbs"].as_array_mut().unwrap().retain(|other| other != verb);
-            fewer.retain(|rule| rule["verbs"] != json!([]));
-            roles.push((format!("{} {}", verb.as_str().unwrap(), rule["resources"][0].as_str().unwrap()), fewer));
-        }
-    }
-    roles
+    // Whoever does not want to keep it says so.
+    cluster.helm(&["upgrade", RELEASE.1, &chart, "-n", RELEASE.0, "--set", "crds.keep=false"]);
+    cluster.helm(&["uninstall", RELEASE.1, "-n", RELEASE.0]);
+    eventually("the CRD to go", PATIENCE, async || {
+        let left = cluster.kubectl(&["get", "crd", "-o", "name"]);
+        if left.contains(CRD) { Err(left) } else { Ok(()) }
+    })
+    .await;
 }
 
 #[tokio::test]
-async fn works_with_the_charts_rights_and_with_none_less() {
-    let operator = Operator::absent().await;
-    let (client, plane) = (operator.client.clone(), operator.plane);
-    let chart_role = Api::<ClusterRole>::all(client.clone()).get(RELEASE.1).await.unwrap();
-    let mut rules: Vec<Value> = chart_role.rules.unwrap().iter().map(|rule| json!(rule)).collect();
-    rules.extend(lease_rules(&client).await);
-    let roles = roles(&rules);
-    assert_eq!(roles.len(), 9, "all, and without each of: {rules:?}");
-    let works = futures::future::join_all(roles.into_iter().map(|(what, rules)| {
-        let client = client.clone();
-        async move {
-            // Who may create a lease has it; the right to update shows where there is one already.
-            let released = what == "update leases";
-            let works = works_with(&client, plane, rules, released).await;
-            (what, works)
-        }
-    }))
-    .await;
-    for (what, works) in works {
-        assert_eq!(works.is_ok(), what == "all", "with every right but {what}: {works:?}");
+async fn the_crd_has_one_owner_and_another_release_can_take_it_over() {
+    let (cluster, scratch) = (Cluster::start().await, Scratch::new(None).unwrap());
+    let chart = chart().display().to_string();
+    install(&cluster.0).await;
+    cluster.kubectl(&["apply", "-f", concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/sample.yaml")]);
+    let uid = cluster.uid();
+
+    // A second one beside the first, for a shard.
+    let shard = ["install", "shard-b", &chart, "-n", "shard-b", "--create-namespace", "--set", "selector=shard=b"];
+    let refused = output(cluster.0.helm().args(shard)).unwrap_err().to_string();
+    assert!(refused.contains("invalid ownership metadata") && refused.contains(CRD), "{refused}");
+    let notes = cluster.helm(&[&shard[..], &["--set", "crds.enabled=false"]].concat());
+    assert!(notes.contains("AuditLogSweepers labelled shard=b of every namespace"), "{notes}");
+    assert!(notes.contains("leaves the CRD"), "{notes}");
+    let args = |namespace: &str, name: &str| {
+        let args = "jsonpath={.spec.template.spec.containers[0].args}";
+        cluster.kubectl(&["get", "deployment", name, "-n", namespace, "-o", args])
+    };
+    let (first, second) = (args(RELEASE.0, RELEASE.1), args("shard-b", "shard-b-audit-log-sweeper"));
+    assert!(second.contains(r#""--selector=shard=b""#) && !first.contains("--selector"), "{first} {second}");
+    cluster.helm(&["uninstall", "shard-b", "-n", "shard-b"]);
+    assert_eq!((cluster.uid(), cluster.owner()), (uid.clone(), owner(RELEASE.0, RELEASE.1)));
+
+    // In another namespace after the first is gone; by the command of the notes.
+    let notes = cluster.helm(&["get", "notes", RELEASE.1, "-n", RELEASE.0]);
+    let take_over = notes.lines().find(|line| line.starts_with("helm ")).expect("a command in the notes");
+    let take_over = |namespace: &str| {
+        let line = take_over.replace("RELEASE", "other").replace("CHART", &chart).replace("NAMESPACE", namespace);
+        cluster.helm(&line.split(' ').skip(1).chain(["--create-namespace"]).collect::<Vec<_>>());
+    };
+    cluster.helm(&["uninstall", RELEASE.1, "-n", RELEASE.0]);
+    let elsewhere = ["install", "other", &chart, "-n", "elsewhere", "--create-namespace"];
+    output(cluster.0.helm().args(elsewhere)).unwrap_err();
+    take_over("elsewhere");
+    assert_eq!((cluster.uid(), cluster.owner()), (uid.clone(), owner("elsewhere", "other")));
+
+    // From a release that is still there, which then leaves it alone, gone or not.
+    take_over("third");
+    let disown = ["upgrade", "other", &chart, "-n", "elsewhere", "--set", "crds.enabled=false"];
+    assert_eq!(cluster.owner(), owner("third", "other"));
+    cluster.helm(&disown);
+    cluster.helm(&["uninstall", "other", "-n", "elsewhere"]);
+    assert_eq!((cluster.uid(), cluster.owner()), (uid, owner("third", "other")));
+    cluster.helm(&["uninstall", "other", "-n", "third"]);
+
+    // From kubectl, and of another version: the two want different things of one field.
+    cluster.kubectl(&["delete", "crd", CRD]);
+    let crd =
+        fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/crds/auditlogsweepers.auditlog.dev.yaml")).unwrap();
+    let earlier = scratch.write("crd.yaml", crd.replace("description: Why", "description: Why not"), None).unwrap();
+    let earlier = earlier.display().to_string();
+    for apply in [&["apply", "-f", &earlier][..], &["apply", "--server-side", "--force-conflicts", "-f", &earlier]] {
+        cluster.kubectl(apply);
+        take_over("fourth");
+        assert_eq!(cluster.owner(), owner("fourth", "other"));
+        assert!(!cluster.kubectl(&["get", "crd", CRD, "-o", "yaml"]).contains("description: Why not"));
     }
 }
 
-/// Whether an operator with these rights sweeps an object that appears while it runs, and says so.
-async fn works_with(
-    client: &kube::Client,
-    plane: &'static ControlPlane,
-    rules: Vec<Value>,
-    released: bool,
-) -> Result<(), String> {
-    let mut operator = Operator::absent().await;
-    let name = operator.namespace.clone();
-    let create = PostParams::default();
-    if released {
-        let lease = json!({ "metadata": { "name": RELEASE.1 }, "spec": { "holderIdentity": "" } });
-        let leases: Api<Lease> = Api::namespaced(client.clone(), &name);
-        leases.create(&create, &serde_json::from_value(lease).unwrap()).await.unwrap();
-    }
-    let account = serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap();
-    Api::<ServiceAccount>::namespaced(client.clone(), &name).create(&create, &account).await.unwrap();
-    let (leases, rules): (Vec<_>, Vec<_>) = rules.into_iter().partition(|rule| rule["resources"] == json!(["leases"]));
-    allow(client, &name, (&name, &name), &leases).await;
-    let role = serde_json::from_value(json!({ "metadata": { "name": name }, "rules": rules })).unwrap();
-    let role = Api::<ClusterRole>::all(client.clone()).create(&create, &role).await.unwrap();
-    let binding = serde_json::from_value(json!({
-        "metadata": { "name": name },
-        "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role.name_any() },
-        "subjects": [{ "kind": "ServiceAccount", "name": name, "namespace": name }],
-    }))
-    .unwrap();
-    Api::<ClusterRoleBinding>::all(client.clone()).create(&create, &binding).await.unwrap();
-    let token = plane.service_account_token(&name, &name).await.unwrap();
-    operator.start_as(&token, &[]);
-    // Either it watches, or it says that it may not.
-    eventually("the operator to watch or to complain", Duration::from_secs(20), async || {
-        let log = operator.log();
-        if log.contains("\"watching\"") || log.contains("cannot watch") { Ok(()) } else { Err(log) }
-    })
-    .await;
-    let log = Log::new().await;
-    log.start(1, "2 h").await;
-    operator.secret_for(&log).await;
-    operator.apply("app", json!({})).await;
-    let swept = async {
-        loop {
-            let status = json!(operator.api().get("app").await.unwrap().status);
-            if has(&status, "Ready=True/Swept") && log.timed_out().await == [1] {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    };
-    let verdict = tokio::time::timeout(Duration::from_secs(8), swept).await.map_err(|_| operator.log());
-    Api::<ClusterRole>::all(client.clone()).delete(&name, &Default::default()).await.unwrap();
-    Api::<ClusterRoleBinding>::all(client.clone()).delete(&name, &Default::default()).await.unwrap();
-    operator.terminate().await;
-    verdict
+fn owner(namespace: &str, name: &str) -> (String, String) {
+    (namespace.to_owned(), name.to_owned())
 }

@@ -1,4 +1,6 @@
-//! `cargo xtask generate`: writes the files that are made from the code, so that they never say anything else.
+//! `cargo xtask generate`: writes the files that are made from others, so that they never say anything else.
+
+mod chart;
 
 use crate::{build_operator, root};
 use anyhow::{Context, bail};
@@ -8,29 +10,38 @@ use std::process::Command;
 use support::process::output;
 
 /// What `kubectl apply` takes, and what the chart reads.
-pub const FILES: [&str; 2] = ["crds/auditlogsweepers.auditlog.dev.yaml", "charts/audit-log-sweeper/files/crd.yaml"];
+pub const CRD: [&str; 2] = ["crds/auditlogsweepers.auditlog.dev.yaml", "charts/audit-log-sweeper/files/crd.yaml"];
 
 pub fn run(check: bool) -> anyhow::Result<()> {
     let crd = output(Command::new(build_operator("dev")?).arg("crd"))?;
     let mut stale = false;
-    for file in FILES {
-        let path = root().join(file);
-        let found = fs::read_to_string(&path).unwrap_or_default();
-        if found == crd {
-            println!("{file} is up to date");
-        } else if check {
-            stale = true;
-            let diff = TextDiff::from_lines(&found, &crd);
-            print!("{}", diff.unified_diff().context_radius(2).header(file, "from the code"));
-        } else {
-            let folder = path.parent().expect("every file is in a folder");
-            let written = fs::create_dir_all(folder).and_then(|()| fs::write(&path, &crd));
-            written.with_context(|| format!("{file} cannot be written"))?;
-            println!("{file} written");
-        }
+    for file in CRD {
+        stale |= settle(file, &crd, check)?;
     }
+    stale |= settle(chart::README, &chart::readme()?, check)?;
+    // Of the chart as it is now written, its CRD included.
+    stale |= settle(chart::INSTALL, &chart::install()?, check)?;
     if stale {
-        bail!("files differ from what the code makes: run `cargo xtask generate`");
+        bail!("files differ from what they are made from: run `cargo xtask generate`");
     }
     Ok(())
+}
+
+/// Writes the file, or shows how it differs. Whether it is stale.
+fn settle(file: &str, wanted: &str, check: bool) -> anyhow::Result<bool> {
+    let path = root().join(file);
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    if found == wanted {
+        println!("{file} is up to date");
+    } else if check {
+        let diff = TextDiff::from_lines(found.as_str(), wanted);
+        print!("{}", diff.unified_diff().context_radius(2).header(file, "as it should be"));
+        return Ok(true);
+    } else {
+        let folder = path.parent().expect("every file is in a folder");
+        let written = fs::create_dir_all(folder).and_then(|()| fs::write(&path, wanted));
+        written.with_context(|| format!("{file} cannot be written"))?;
+        println!("{file} written");
+    }
+    Ok(false)
 }

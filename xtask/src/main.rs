@@ -3,6 +3,7 @@
 mod demo;
 mod generate;
 mod history;
+mod image;
 mod mutants;
 mod test;
 
@@ -34,11 +35,20 @@ enum Task {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
-    /// Write the files that are made from the code: the CustomResourceDefinition, for kubectl and for the chart
+    /// Write the files that are made from others: the CRD, the chart's README, the manifest to install without Helm
     Generate {
         /// Write nothing; fail if a file is not up to date
         #[arg(long)]
         check: bool,
+    },
+    /// Build the image, as an OCI archive: no daemon is needed
+    Image {
+        /// What the image is called: NAME:TAG [default: audit-log-sweeper and the version]
+        #[arg(long)]
+        name: Option<String>,
+        /// The profile of the build
+        #[arg(long, default_value = "release")]
+        profile: String,
     },
     /// Play a history of writers, sweepers and killed backends, and check every promise on it
     History {
@@ -61,6 +71,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Task::Test { postgres, pgbouncer, arguments } => test::run(postgres, pgbouncer, &arguments),
         Task::History { seconds, seed } => history::run(seconds, seed),
+        Task::Image { name, profile } => image::run(name.as_deref(), &profile).map(|()| ExitCode::SUCCESS),
         Task::Mutants => mutants::run(),
         Task::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
         Task::Demo { keep } => demo::run(keep).map(|()| ExitCode::SUCCESS),
@@ -86,6 +97,11 @@ fn build_operator(profile: &str) -> anyhow::Result<PathBuf> {
     progress::note(&format!("Building the operator ({profile})"));
     let mut build = cargo();
     build.args(["build", "--locked", "--bin", "audit-log-sweeper", "--profile", profile]);
+    executable(build)
+}
+
+/// Runs a build of the operator. Where the binary is.
+fn executable(mut build: Command) -> anyhow::Result<PathBuf> {
     // Only the messages for programs tell where the result is: the target folder can be anywhere.
     build.args(["--message-format", "json-render-diagnostics"]).stderr(std::process::Stdio::inherit());
     let output = build.output().context("cargo cannot be started")?;

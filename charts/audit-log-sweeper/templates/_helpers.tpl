@@ -1,10 +1,12 @@
 {{/* The release's name if it tells the chart's, else both. */}}
 {{- define "audit-log-sweeper.fullname" -}}
 {{- $name := .Release.Name -}}
-{{- if not (contains .Chart.Name $name) -}}
+{{- if .Values.fullnameOverride -}}
+{{- $name = .Values.fullnameOverride -}}
+{{- else if not (contains .Chart.Name $name) -}}
 {{- $name = printf "%s-%s" $name .Chart.Name -}}
 {{- end -}}
-{{- $name | trunc 63 | trimSuffix "-" -}}
+{{- $name | trunc 56 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "audit-log-sweeper.serviceAccountName" -}}
@@ -12,6 +14,14 @@
 {{- .Values.serviceAccount.name | default (include "audit-log-sweeper.fullname" .) -}}
 {{- else -}}
 {{- .Values.serviceAccount.name | required "serviceAccount.name is required when serviceAccount.create is false" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "audit-log-sweeper.image" -}}
+{{- if .Values.image.digest -}}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) -}}
 {{- end -}}
 {{- end -}}
 
@@ -26,4 +36,36 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{ include "audit-log-sweeper.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{/* What the operator may do where it works; a ClusterRole or Roles. */}}
+{{- define "audit-log-sweeper.rules" -}}
+- apiGroups: [auditlog.dev]
+  resources: [auditlogsweepers]
+  verbs: [get, list, watch]
+- apiGroups: [auditlog.dev]
+  resources: [auditlogsweepers/status]
+  verbs: [patch]
+# The Secrets that the AuditLogSweepers name; never listed or watched.
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [get]
+# Best effort: sweeps go on without it.
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- end -}}
+
+{{- define "audit-log-sweeper.subjects" -}}
+- kind: ServiceAccount
+  name: {{ include "audit-log-sweeper.serviceAccountName" . }}
+  namespace: {{ .Release.Namespace }}
+{{- end -}}
+
+{{/* What a container may do under the Pod Security Standard "restricted", and less. */}}
+{{- define "audit-log-sweeper.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
 {{- end -}}

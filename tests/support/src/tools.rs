@@ -20,7 +20,7 @@ pub struct Tools {
 impl Tools {
     /// Finds the tools, or builds what is missing, which takes minutes; progress is on stderr.
     pub fn ensure() -> anyhow::Result<Tools> {
-        let helm = HELM.build()?.join("helm");
+        let helm = Self::helm()?;
         let (etcd, kubernetes) = match env::var_os("KUBEBUILDER_ASSETS") {
             Some(assets) => (PathBuf::from(&assets), PathBuf::from(&assets)),
             None => (ETCD.build()?, KUBERNETES.build()?),
@@ -35,6 +35,11 @@ impl Tools {
             ensure!(tool.is_file(), "{} is missing: unset KUBEBUILDER_ASSETS, and it is built", tool.display());
         }
         Ok(tools)
+    }
+
+    /// Helm alone, for those who start no cluster.
+    pub fn helm() -> anyhow::Result<PathBuf> {
+        Ok(HELM.build()?.join("helm"))
     }
 }
 

@@ -40,7 +40,7 @@ const SWEEPS: [i64; 4] = [1000, 1000, 500, 0];
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn run(keep: bool) -> anyhow::Result<()> {
-    for file in generate::FILES {
+    for file in generate::CRD {
         ensure!(root().join(file).is_file(), "{file} is missing: run `cargo xtask generate`");
     }
     let tools = Tools::ensure()?;

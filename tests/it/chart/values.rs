@@ -1,0 +1,263 @@
+//! The values of the chart: every kind it renders is one that the API server takes, in every mode, and nonsense is refused.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+use support::control_plane::ControlPlane;
+use support::process::output;
+
+use crate::fixtures::Operator;
+use crate::fixtures::operator::chart;
+
+/// Flags of the chart that `run` does not know yet.
+const AWAITED: [&str; 3] = ["--lease-name", "--max-sweeps-per-server", "--selector"];
+
+/// What every mode has.
+const ALWAYS: [&str; 5] = ["Deployment", "Pod", "Role", "RoleBinding", "ServiceAccount"];
+
+/// Every mode: its values, where `NS` is the namespace, and the kinds it has beyond [`ALWAYS`].
+const MODES: [(&[&str], &[&str]); 8] = [
+    (&[], &["ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"]),
+    (&["crds.enabled=false,rbac.aggregate=false"], &["ClusterRole", "ClusterRoleBinding"]),
+    (&["crds.enabled=false", "watchNamespaces={NS,default}"], &[]),
+    (
+        &["crds.enabled=false", "watchNamespaces={NS}", "replicaCount=3", "networkPolicy.enabled=true"],
+        &["NetworkPolicy", "PodDisruptionBudget"],
+    ),
+    (
+        &[
+            "crds.enabled=false",
+            "watchNamespaces={NS}",
+            "networkPolicy.enabled=true,networkPolicy.databasePorts={5432,6432}",
+        ],
+        &["NetworkPolicy"],
+    ),
+    (
+        &[
+            "crds.enabled=false",
+            "watchNamespaces={NS}",
+            "caBundle.configMapName=ca,extraEnv[0].name=HTTPS_PROXY,extraEnv[0].value=http://proxy:3128",
+            "priorityClassName=system-cluster-critical,nodeSelector.disk=ssd",
+            "tolerations[0].operator=Exists,affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution=null",
+            "podLabels.team=a,podLabels.app\\.kubernetes\\.io/name=mine,podAnnotations.note=x,imagePullSecrets[0].name=registry",
+            "image.digest=sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+            "serviceAccount.annotations.role=sweeper,fullnameOverride=als,selector=shard in (a\\, b)",
+        ],
+        &[],
+    ),
+    (
+        &[
+            "crds.enabled=false",
+            "watchNamespaces={NS}",
+            "caBundle.secretName=ca,caBundle.key=roots.pem,logLevel=trace,logFormat=text,maxConcurrentSweeps=3,maxSweepsPerServer=2",
+            "topologySpreadConstraints[0].maxSkew=1,topologySpreadConstraints[0].topologyKey=zone",
+            "topologySpreadConstraints[0].whenUnsatisfiable=DoNotSchedule",
+            "podSecurityContext.runAsUser=null,podSecurityContext.runAsGroup=null,resources.limits.cpu=1",
+        ],
+        &[],
+    ),
+    (&["crds.enabled=false", "watchNamespaces={NS}", "global.imageRegistry=of.another.chart,replicaCount=0"], &[]),
+];
+
+/// A namespace with the service account that pods are given when they name none, as in a cluster with controllers.
+async fn namespace() -> Operator {
+    let operator = Operator::absent().await;
+    output(operator.kubectl().args(["create", "serviceaccount", "default"])).unwrap();
+    operator
+}
+
+/// What Helm renders with these values, as the API server took it, or why it did not.
+fn dry_run(plane: &ControlPlane, namespace: &str, values: &[&str]) -> anyhow::Result<Vec<Value>> {
+    let mut helm = plane.helm();
+    helm.args(["template", "dry", "-n", namespace]).arg(chart());
+    for value in values {
+        helm.args(["--set", &value.replace("NS", namespace)]);
+    }
+    let rendered = output(&mut helm)?;
+    let mut kubectl = plane.kubectl();
+    // Server-side, where an unknown field is an error.
+    kubectl.args(["apply", "--server-side", "--force-conflicts", "--dry-run=server", "-o", "json", "-f", "-"]);
+    let list: Value = serde_json::from_str(&fed(&mut kubectl, &rendered)?)?;
+    Ok(list["items"].as_array().unwrap().clone())
+}
+
+/// Runs a command with this input.
+fn fed(command: &mut Command, input: &str) -> anyhow::Result<String> {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    child.stdin.take().unwrap().write_all(input.as_bytes())?;
+    let answer = child.wait_with_output()?;
+    anyhow::ensure!(answer.status.success(), "{}", String::from_utf8_lossy(&answer.stderr));
+    Ok(String::from_utf8(answer.stdout)?)
+}
+
+fn of_kind<'a>(objects: &'a [Value], kind: &str) -> &'a Value {
+    objects.iter().find(|object| object["kind"] == kind).unwrap()
+}
+
+fn container(objects: &[Value]) -> &Value {
+    &of_kind(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+}
+
+#[tokio::test]
+async fn the_api_server_takes_every_kind_in_every_mode() {
+    let operator = namespace().await;
+    let (plane, namespace) = (operator.plane, &operator.namespace);
+    output(plane.helm().args(["lint", "--strict"]).arg(chart())).unwrap();
+    let enforce = "pod-security.kubernetes.io/enforce=restricted";
+    output(plane.kubectl().args(["label", "namespace", namespace, enforce])).unwrap();
+    let help = output(Command::new(env!("CARGO_BIN_EXE_audit-log-sweeper")).args(["run", "--help"])).unwrap();
+    let mut unknown = BTreeSet::new();
+
+    for (values, further) in MODES {
+        let objects = dry_run(plane, namespace, values).unwrap_or_else(|error| panic!("{values:?}: {error:#}"));
+        let kinds: BTreeSet<&str> = objects.iter().map(|object| object["kind"].as_str().unwrap()).collect();
+        assert_eq!(kinds, ALWAYS.iter().chain(further).copied().collect(), "{values:?}");
+
+        let deployment = of_kind(&objects, "Deployment");
+        let pod = &deployment["spec"]["template"];
+        assert_eq!(deployment["spec"]["selector"]["matchLabels"]["app.kubernetes.io/name"], "audit-log-sweeper");
+        for arg in container(&objects)["args"].as_array().unwrap().iter().skip(1) {
+            let flag = arg.as_str().unwrap().split('=').next().unwrap().to_owned();
+            if !help.contains(&format!("{flag} ")) {
+                unknown.insert(flag);
+            }
+        }
+        // The Pods of both, in a namespace that enforces `restricted`.
+        for mut spec in [pod["spec"].clone(), of_kind(&objects, "Pod")["spec"].clone()] {
+            // An account that is there, and no class that only kube-system may use.
+            spec["serviceAccountName"] = json!("default");
+            let fields = spec.as_object_mut().unwrap();
+            fields.retain(|field, _| !["serviceAccount", "priorityClassName", "priority"].contains(&field.as_str()));
+            let admit = |spec: &Value| {
+                let pod = json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "pod" }, "spec": spec });
+                let mut kubectl = operator.kubectl();
+                fed(kubectl.args(["create", "--dry-run=server", "-f", "-"]), &pod.to_string())
+            };
+            admit(&spec).unwrap_or_else(|error| panic!("{values:?}: {error:#}"));
+            spec["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = json!(true);
+            let refused = admit(&spec).unwrap_err().to_string();
+            assert!(refused.contains("violates PodSecurity \"restricted:latest\""), "{refused}");
+        }
+    }
+    assert_eq!(unknown, BTreeSet::from(AWAITED.map(str::to_owned)), "flags that the binary does not know");
+}
+
+#[tokio::test]
+async fn values_reach_what_they_are_for() {
+    let operator = namespace().await;
+    let (plane, namespace) = (operator.plane, operator.namespace.as_str());
+    let mode = |index: usize| dry_run(plane, namespace, MODES[index].0).unwrap();
+
+    let objects = mode(0);
+    let plain = container(&objects);
+    assert_eq!(plain["image"], "audit-log-sweeper:0.1.0");
+    assert_eq!(plain["securityContext"]["readOnlyRootFilesystem"], true);
+    assert!(
+        plain["livenessProbe"].is_object() && plain["readinessProbe"].is_object() && plain["resources"].is_object()
+    );
+    assert_eq!(of_kind(&objects, "Deployment")["spec"]["replicas"], 1);
+    let crd = of_kind(&objects, "CustomResourceDefinition");
+    assert_eq!(crd["metadata"]["annotations"]["helm.sh/resource-policy"], "keep");
+    let aggregates = |suffix: &str| -> Vec<String> {
+        let name = format!("dry-audit-log-sweeper-{suffix}");
+        let role = objects.iter().find(|object| object["kind"] == "ClusterRole" && object["metadata"]["name"] == *name);
+        let labels = role.unwrap()["metadata"]["labels"].as_object().unwrap();
+        labels.keys().filter_map(|key| key.split_once("/aggregate-to-")).map(|(_, to)| to.to_owned()).collect()
+    };
+    assert_eq!(
+        (aggregates("view"), aggregates("edit")),
+        (vec!["admin".into(), "edit".into(), "view".into()], vec!["admin".into(), "edit".into()])
+    );
+
+    let objects = mode(2);
+    let args = container(&objects)["args"].to_string();
+    assert!(args.contains(&format!("\"--namespace={namespace}\",\"--namespace=default\"")), "{args}");
+    assert!(args.contains("\"--lease-name=dry-audit-log-sweeper\""), "{args}");
+    let env = &container(&objects)["env"];
+    assert_eq!((&env[0]["name"], &env[1]["name"]), (&json!("POD_NAME"), &json!("POD_NAMESPACE")));
+    assert_eq!(env[1]["valueFrom"]["fieldRef"]["fieldPath"], "metadata.namespace");
+
+    let objects = mode(3);
+    assert_eq!(
+        of_kind(&objects, "Deployment")["spec"]["template"]["spec"]["topologySpreadConstraints"][1]["topologyKey"],
+        "kubernetes.io/hostname"
+    );
+    assert_eq!(of_kind(&objects, "PodDisruptionBudget")["spec"]["maxUnavailable"], 1);
+    let objects = mode(4);
+    let ports = of_kind(&objects, "NetworkPolicy")["spec"]["egress"][1]["ports"].as_array().unwrap();
+    assert_eq!(ports.iter().map(|port| port["port"].as_i64().unwrap()).collect::<Vec<_>>(), [443, 6443, 5432, 6432]);
+
+    let objects = mode(5);
+    let (deployment, full) = (of_kind(&objects, "Deployment"), container(&objects));
+    assert_eq!(deployment["metadata"]["name"], "als");
+    assert_eq!(
+        full["image"],
+        "audit-log-sweeper@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+    );
+    assert_eq!(full["env"][2], json!({ "name": "SSL_CERT_FILE", "value": "/etc/audit-log-sweeper/ca/ca.crt" }));
+    assert_eq!(full["env"][3], json!({ "name": "HTTPS_PROXY", "value": "http://proxy:3128" }));
+    assert!(full["args"].to_string().contains("\"--selector=shard in (a, b)\""));
+    let pod = &deployment["spec"]["template"];
+    assert_eq!(pod["spec"]["volumes"][0]["configMap"]["name"], "ca");
+    assert_eq!(pod["spec"]["priorityClassName"], "system-cluster-critical");
+    assert_eq!(pod["spec"]["nodeSelector"]["disk"], "ssd");
+    assert_eq!(pod["spec"]["tolerations"][0]["operator"], "Exists");
+    assert_eq!(pod["spec"]["imagePullSecrets"][0]["name"], "registry");
+    assert_eq!(pod["metadata"]["annotations"]["note"], "x");
+    // The chart's own labels win: the Deployment finds its pods by them.
+    let labels = &pod["metadata"]["labels"];
+    assert_eq!((&labels["team"], &labels["app.kubernetes.io/name"]), (&json!("a"), &json!("audit-log-sweeper")));
+
+    let objects = mode(6);
+    let pod = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"];
+    assert_eq!(pod["volumes"][0]["secret"]["secretName"], "ca");
+    assert_eq!(container(&objects)["env"][2]["value"], "/etc/audit-log-sweeper/ca/roots.pem");
+    assert_eq!(pod["topologySpreadConstraints"].as_array().unwrap().len(), 1);
+    assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+    assert!(pod["securityContext"].get("runAsUser").is_none(), "{pod}");
+    let args = container(&objects)["args"].to_string();
+    assert!(
+        ["--log-level=trace", "--log-format=text", "--max-concurrent-sweeps=3", "--max-sweeps-per-server=2"]
+            .iter()
+            .all(|arg| args.contains(arg))
+    );
+}
+
+#[test]
+fn nonsense_is_refused_and_named() {
+    let helm = support::tools::Tools::helm().unwrap();
+    let refused = |values: &str| {
+        let mut command = Command::new(&helm);
+        command.args(["template", "x"]).arg(chart()).args(["--set", values]);
+        output(&mut command).map(drop).map_err(|error| error.to_string())
+    };
+    for (values, said) in [
+        ("replicas=2", "additional properties 'replicas' not allowed"),
+        ("image.digset=x", "additional properties 'digset' not allowed"),
+        ("image.digest=sha256:12", "'/image/digest': 'sha256:12' does not match pattern"),
+        ("image.tag=a:b", "'/image/tag': 'a:b' does not match pattern"),
+        ("image.repository=", "'/image/repository': minLength"),
+        ("image.pullPolicy=Sometimes", "'/image/pullPolicy': value must be one of 'Always', 'IfNotPresent', 'Never'"),
+        ("replicaCount=-1", "'/replicaCount': minimum: got -1, want 0"),
+        ("replicaCount=two", "'/replicaCount': got string, want integer"),
+        ("watchNamespaces=team-a", "'/watchNamespaces': got string, want array"),
+        ("watchNamespaces={Team}", "'/watchNamespaces/0': 'Team' does not match pattern"),
+        ("watchNamespaces={a,a}", "'/watchNamespaces': items at 0 and 1 are equal"),
+        ("logLevel=loud", "'/logLevel': value must be one of 'error', 'warn', 'info', 'debug', 'trace'"),
+        ("maxConcurrentSweeps=0", "'/maxConcurrentSweeps': minimum: got 0, want 1"),
+        ("maxSweepsPerServer=0", "'/maxSweepsPerServer': minimum: got 0, want 1"),
+        ("crds.enabled=maybe", "'/crds/enabled': got string, want boolean"),
+        ("extraEnv[0].value=x", "'/extraEnv/0': missing property 'name'"),
+        ("networkPolicy.databasePorts={99999}", "'/networkPolicy/databasePorts/0': maximum: got 99,999, want 65,535"),
+        ("podAnnotations.count=1", "'/podAnnotations/count': got number, want string"),
+        ("fullnameOverride=Als", "'/fullnameOverride': 'Als' does not match pattern"),
+        ("caBundle.configMapName=a,caBundle.secretName=b", "caBundle: set configMapName or secretName, not both"),
+        ("serviceAccount.create=false", "serviceAccount.name is required when serviceAccount.create is false"),
+    ] {
+        let error = refused(values).expect_err(values);
+        assert!(error.contains(said), "{values}: {error}");
+    }
+    refused("global.anything.at=all").unwrap();
+}

@@ -1,0 +1,186 @@
+//! `cargo xtask image`: the image as an OCI archive, without a daemon: one static binary, and what the Dockerfile says of it.
+
+use crate::{cargo, executable, root};
+use anyhow::{Context, bail, ensure};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use std::env::consts::ARCH;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use support::process::output;
+use support::progress;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// An image archive that can be pushed or loaded.
+pub struct Image {
+    pub path: PathBuf,
+    /// As a registry or a node knows it, tag included.
+    pub name: String,
+    pub digest: String,
+    pub bytes: u64,
+}
+
+pub fn run(name: Option<&str>, profile: &str) -> anyhow::Result<()> {
+    let image = build(name, profile)?;
+    println!("name    {}", image.name);
+    println!("digest  {}", image.digest);
+    println!("path    {}", image.path.display());
+    println!("size    {:.1} MB", image.bytes as f64 / 1e6);
+    Ok(())
+}
+
+/// Builds the binary and packs it.
+pub fn build(name: Option<&str>, profile: &str) -> anyhow::Result<Image> {
+    let name = name.map_or_else(|| format!("audit-log-sweeper:{VERSION}"), str::to_owned);
+    let (_, tag) = name.rsplit_once(':').with_context(|| format!("{name} has no tag: write NAME:TAG"))?;
+    let binary = fs::read(static_binary(profile)?)?;
+    ensure!(!has_interpreter(&binary), "the binary is not static: it asks for a dynamic loader");
+
+    // All that could differ between two builds of one commit is taken from the commit.
+    let git = |args: &[&str]| output(Command::new("git").args(args).current_dir(root()));
+    let commit = git(&["show", "-s", "--format=%H %ct %cI"])?;
+    let mut words = commit.split_whitespace();
+    let (Some(revision), Some(seconds), Some(created)) = (words.next(), words.next(), words.next()) else {
+        bail!("git does not say which commit this is");
+    };
+    let dirty = if git(&["status", "--porcelain"])?.is_empty() { "" } else { "-dirty" };
+    let dockerfile = fs::read_to_string(root().join("Dockerfile")).context("Dockerfile")?;
+    let mut config = config(&dockerfile, &format!("{revision}{dirty}"))?;
+
+    let layer = layer(&binary, seconds.parse()?)?;
+    let packed = gzip(&layer)?;
+    config["created"] = json!(created);
+    config["rootfs"] = json!({ "type": "layers", "diff_ids": [digest(&layer)] });
+    config["history"] = json!([{ "created": created, "created_by": "cargo xtask image" }]);
+
+    let config = config.to_string().into_bytes();
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": descriptor("application/vnd.oci.image.config.v1+json", &config),
+        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar+gzip", &packed)],
+    });
+    let manifest = manifest.to_string().into_bytes();
+    let mut entry = descriptor("application/vnd.oci.image.manifest.v1+json", &manifest);
+    // The first is the standard's, the second what containerd names the image after.
+    entry["annotations"] =
+        json!({ "org.opencontainers.image.ref.name": tag, "io.containerd.image.name": qualified(&name) });
+    let index = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [entry],
+    });
+
+    let path = root().join(format!("target/image/audit-log-sweeper-{VERSION}.tar"));
+    fs::create_dir_all(path.parent().expect("it is in a folder"))?;
+    let mut archive = tar::Builder::new(File::create(&path)?);
+    append(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644, 0)?;
+    append(&mut archive, "index.json", index.to_string().as_bytes(), 0o644, 0)?;
+    for blob in [&packed, &config, &manifest] {
+        append(&mut archive, &format!("blobs/{}", digest(blob).replace(':', "/")), blob, 0o644, 0)?;
+    }
+    archive.into_inner()?.sync_all()?;
+    let bytes = fs::metadata(&path)?.len();
+    Ok(Image { path, name, digest: digest(&manifest), bytes })
+}
+
+/// Builds the operator without any library that it would have to find in the image.
+fn static_binary(profile: &str) -> anyhow::Result<PathBuf> {
+    // Before that, looking up a name loads libraries, which an empty image does not have.
+    let libc = output(Command::new("getconf").arg("GNU_LIBC_VERSION")).context("glibc is needed")?;
+    let minor = libc.trim().strip_prefix("glibc 2.").and_then(|minor| minor.parse::<u32>().ok());
+    ensure!(minor >= Some(34), "glibc 2.34 or newer is needed, whose static binaries look names up; this is {libc}");
+
+    progress::note(&format!("Building the static binary ({profile})"));
+    let target = format!("{ARCH}-unknown-linux-gnu");
+    let mut build = cargo();
+    build.args(["build", "--locked", "--bin", "audit-log-sweeper", "--profile", profile, "--target", &target]);
+    // No place of this machine in the binary: two checkouts make the same.
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))).context("there is no home folder")?;
+    let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
+    let flags = ["-Ctarget-feature=+crt-static".into(), remap(root(), "/src"), remap(&home, "/cargo")];
+    build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
+    executable(build)
+}
+
+/// Whether an ELF binary (64 bits, little endian) names a dynamic loader.
+fn has_interpreter(elf: &[u8]) -> bool {
+    const PT_INTERP: u64 = 3;
+    let number = |at: usize, size: usize| elf[at..at + size].iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte));
+    let (table, size, count) = (number(0x20, 8) as usize, number(0x36, 2) as usize, number(0x38, 2) as usize);
+    (0..count).any(|index| number(table + index * size, 4) == PT_INTERP)
+}
+
+/// The image's configuration, from the last stage of the Dockerfile.
+fn config(dockerfile: &str, revision: &str) -> anyhow::Result<Value> {
+    let (_, stage) =
+        dockerfile.rsplit_once("\nFROM scratch\n").context("the Dockerfile's last stage is not scratch")?;
+    let stage = stage.replace("${VERSION}", VERSION).replace("${REVISION}", revision);
+    let (mut config, mut labels) = (json!({}), Map::new());
+    for line in stage.lines().filter(|line| !line.starts_with('#')) {
+        let Some((instruction, rest)) = line.split_once(' ') else { continue };
+        match instruction {
+            "LABEL" => {
+                let (key, value) = rest.split_once('=').with_context(|| format!("Dockerfile: {line}"))?;
+                labels.insert(key.to_owned(), json!(value.trim_matches('"')));
+            }
+            "USER" => config["User"] = json!(rest),
+            "EXPOSE" => config["ExposedPorts"] = json!({ format!("{rest}/tcp"): {} }),
+            "ENTRYPOINT" => config["Entrypoint"] = serde_json::from_str(rest)?,
+            "CMD" => config["Cmd"] = serde_json::from_str(rest)?,
+            "ARG" | "COPY" => {}
+            _ => bail!("Dockerfile: `cargo xtask image` does not know {instruction}"),
+        }
+    }
+    config["Labels"] = labels.into();
+    let architecture = if ARCH == "x86_64" { "amd64" } else { "arm64" };
+    Ok(json!({ "architecture": architecture, "os": "linux", "config": config }))
+}
+
+fn layer(binary: &[u8], seconds: u64) -> anyhow::Result<Vec<u8>> {
+    let mut layer = tar::Builder::new(vec![]);
+    append(&mut layer, "audit-log-sweeper", binary, 0o755, seconds)?;
+    Ok(layer.into_inner()?)
+}
+
+/// Root's, and of a time that is the same every time.
+fn append<W: std::io::Write>(
+    archive: &mut tar::Builder<W>,
+    path: &str,
+    contents: &[u8],
+    mode: u32,
+    seconds: u64,
+) -> anyhow::Result<()> {
+    let mut header = tar::Header::new_ustar();
+    header.set_mode(mode);
+    header.set_mtime(seconds);
+    header.set_size(contents.len() as u64);
+    Ok(archive.append_data(&mut header, path, contents)?)
+}
+
+fn gzip(bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
+    let mut encoder = GzEncoder::new(vec![], Compression::best());
+    std::io::Write::write_all(&mut encoder, bytes)?;
+    Ok(encoder.finish()?)
+}
+
+fn digest(bytes: &[u8]) -> String {
+    let hash: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("sha256:{hash}")
+}
+
+fn descriptor(media_type: &str, blob: &[u8]) -> Value {
+    json!({ "mediaType": media_type, "digest": digest(blob), "size": blob.len() })
+}
+
+/// With the registry that a name without one stands for.
+fn qualified(name: &str) -> String {
+    match name.split_once('/') {
+        Some((registry, _)) if registry.contains(['.', ':']) || registry == "localhost" => name.to_owned(),
+        Some(_) => format!("docker.io/{name}"),
+        None => format!("docker.io/library/{name}"),
+    }
+}
