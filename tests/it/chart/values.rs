@@ -11,9 +11,6 @@ use support::process::output;
 use crate::fixtures::Operator;
 use crate::fixtures::operator::chart;
 
-/// Flags of the chart that `run` does not know yet.
-const AWAITED: [&str; 3] = ["--lease-name", "--max-sweeps-per-server", "--selector"];
-
 /// What every mode has.
 const ALWAYS: [&str; 5] = ["Deployment", "Pod", "Role", "RoleBinding", "ServiceAccount"];
 
@@ -141,7 +138,7 @@ async fn the_api_server_takes_every_kind_in_every_mode() {
             assert!(refused.contains("violates PodSecurity \"restricted:latest\""), "{refused}");
         }
     }
-    assert_eq!(unknown, BTreeSet::from(AWAITED.map(str::to_owned)), "flags that the binary does not know");
+    assert_eq!(unknown, BTreeSet::new(), "flags that the binary does not know");
 }
 
 #[tokio::test]
