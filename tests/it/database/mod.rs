@@ -6,6 +6,7 @@ mod edges;
 mod faults;
 mod history;
 mod poison;
+mod preflight;
 mod shapes;
 mod silence;
 mod sweep;
