@@ -19,6 +19,8 @@ pub enum ConditionType {
     Stalled,
     /// Whether the database answered.
     DatabaseReachable,
+    /// Whether database, table, index and rights are as the sweep needs them, as far as the last look at them told.
+    SchemaReady,
     /// Whether the sweeps keep up: the oldest stale row is not older than timeout + 2 * period.
     BacklogBounded,
     /// Whether `spec.suspend` is in force.
@@ -27,8 +29,15 @@ pub enum ConditionType {
 
 impl ConditionType {
     /// Every type, in the order of the list.
-    pub const ALL: [Self; 6] =
-        [Self::Ready, Self::Reconciling, Self::Stalled, Self::DatabaseReachable, Self::BacklogBounded, Self::Suspended];
+    pub const ALL: [Self; 7] = [
+        Self::Ready,
+        Self::Reconciling,
+        Self::Stalled,
+        Self::DatabaseReachable,
+        Self::SchemaReady,
+        Self::BacklogBounded,
+        Self::Suspended,
+    ];
 
     /// The name in the API.
     pub const fn as_str(self) -> &'static str {
@@ -37,6 +46,7 @@ impl ConditionType {
             Self::Reconciling => "Reconciling",
             Self::Stalled => "Stalled",
             Self::DatabaseReachable => "DatabaseReachable",
+            Self::SchemaReady => "SchemaReady",
             Self::BacklogBounded => "BacklogBounded",
             Self::Suspended => "Suspended",
         }

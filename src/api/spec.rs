@@ -154,6 +154,11 @@ pub struct AuditLogSweeperSpec {
     /// Set to true to begin no new sweep until it is false again. The condition `Suspended` acknowledges it.
     #[serde(default)]
     pub suspend: bool,
+
+    /// How many entries `status.history` keeps: 0 to 20.
+    #[serde(default = "default_history_limit")]
+    #[schemars(range(min = 0, max = 20))]
+    pub history_limit: i32,
 }
 
 /// Whether a sweep completes rows.
@@ -343,6 +348,10 @@ const fn default_timeout() -> Duration {
 
 const fn default_limit() -> i32 {
     1000
+}
+
+const fn default_history_limit() -> i32 {
+    10
 }
 
 const fn default_batch_size() -> i32 {

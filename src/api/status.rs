@@ -62,6 +62,16 @@ pub struct AuditLogSweeperStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clock_skew_milliseconds: Option<i64>,
 
+    /// What became of the last attempts, newest first. Equal ones that found nothing to complete share an entry.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 20), extend("x-kubernetes-list-type" = "atomic"))]
+    pub history: Vec<HistoryEntry>,
+
+    /// The value of the annotation auditlog.dev/requestedAt that was last answered, its first 128 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub last_handled_request: Option<String>,
+
     /// Sums over the life of the object. Best effort: a crash between a sweep and its status write loses that sweep's
     /// counts here. The table itself is always right.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -110,10 +120,12 @@ pub struct LastSweep {
     pub batches: i64,
 }
 
-/// What caused a sweep. Schedule: its slot came. Create: the object is new. Command: someone ran `sweep`.
+/// What caused a sweep. Schedule: its slot came. Request: the annotation auditlog.dev/requestedAt has a new value.
+/// Create: the object is new. Command: someone ran `sweep`.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 pub enum Trigger {
     Schedule,
+    Request,
     Create,
     Command,
 }
@@ -128,6 +140,48 @@ pub enum Outcome {
     Stopped,
     Failed,
     Observed,
+}
+
+/// One attempt, or several equal ones in a row.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HistoryEntry {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it failed, as in the condition Ready. Absent: it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub reason: Option<String>,
+    /// What caused it.
+    pub trigger: Trigger,
+    /// Rows completed.
+    pub timed_out: i64,
+    /// How many attempts this is about.
+    pub count: i64,
+    /// When the first of them ended.
+    pub first_time: DateTime<Utc>,
+    /// When the last of them ended.
+    pub last_time: DateTime<Utc>,
+}
+
+/// The newest entries of a history, with one more attempt. Attempts that completed nothing and ended alike share an
+/// entry, so that quiet days do not push what happened out.
+pub fn remember(history: &[HistoryEntry], entry: HistoryEntry, limit: usize) -> Vec<HistoryEntry> {
+    let mut entries = history.to_vec();
+    match entries.first_mut() {
+        Some(last) if is_alike(last, &entry) => {
+            last.count = last.count.saturating_add(entry.count);
+            last.last_time = entry.last_time;
+        }
+        _ => entries.insert(0, entry),
+    }
+    entries.truncate(limit);
+    entries
+}
+
+fn is_alike(one: &HistoryEntry, other: &HistoryEntry) -> bool {
+    let key = |entry: &HistoryEntry| (entry.outcome, entry.reason.clone(), entry.trigger);
+    one.timed_out == 0 && other.timed_out == 0 && key(one) == key(other)
 }
 
 /// Stale rows still open, counted up to a bound.
@@ -248,6 +302,36 @@ mod tests {
         }
         assert!(!place("yesterday", None).is_plausible());
         assert!(!place("2026-11-22 10:00:00+00", Some("x' OR true")).is_plausible());
+    }
+
+    #[test]
+    fn a_history_folds_quiet_sweeps_and_keeps_within_its_bound() {
+        let at = |second| DateTime::from_timestamp(second, 0).unwrap();
+        let entry = |second, timed_out, reason: Option<&str>| HistoryEntry {
+            outcome: if reason.is_some() { Outcome::Failed } else { Outcome::Drained },
+            reason: reason.map(Into::into),
+            trigger: Trigger::Schedule,
+            timed_out,
+            count: 1,
+            first_time: at(second),
+            last_time: at(second),
+        };
+        let mut history = vec![];
+        for second in 0..10_000 {
+            // A crash of the application now and then, and a failure.
+            let timed_out = if second % 1000 == 7 { second } else { 0 };
+            let reason = (second % 1000 == 500).then_some("DatabaseUnreachable");
+            history = remember(&history, entry(second, timed_out, reason), 10);
+            assert!(history.len() <= 10);
+        }
+        let seen: Vec<_> =
+            history.iter().map(|e| (e.timed_out, e.count, e.first_time.timestamp(), e.last_time.timestamp())).collect();
+        assert_eq!(seen[..4], [(0, 499, 9501, 9999), (0, 1, 9500, 9500), (0, 492, 9008, 9499), (9007, 1, 9007, 9007)]);
+        assert_eq!(history[1].reason.as_deref(), Some("DatabaseUnreachable"));
+        // Two that completed rows are two events, however alike.
+        let twice = remember(&[entry(1, 5, None)], entry(2, 5, None), 10);
+        assert_eq!(twice.len(), 2);
+        assert!(remember(&history, entry(0, 0, None), 0).is_empty());
     }
 
     #[test]

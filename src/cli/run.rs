@@ -131,6 +131,7 @@ async fn operate(args: Run) -> anyhow::Result<()> {
         selector: args.selector,
         max_concurrent_sweeps: args.max_concurrent_sweeps.into(),
         max_sweeps_per_server: args.max_sweeps_per_server.into(),
+        instance: args.pod_name.clone().filter(|name| !name.is_empty()),
         default_roots,
     };
     let readiness = Readiness::default();

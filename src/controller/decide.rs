@@ -15,6 +15,8 @@ pub enum Decision {
     Suspend,
     /// The spec is new and no sweep is due: look whether one could run.
     Preflight,
+    /// A time in the status is one that no sweep can have: compute it anew.
+    Repair,
     /// Sweep.
     Sweep(Slot),
     /// Nothing, until then or until the object changes.
@@ -32,7 +34,13 @@ pub struct Slot {
     pub limit: i64,
     /// The failed attempt that this one continues.
     pub continues: Option<LastSweep>,
+    /// The request that it answers, whatever caused it.
+    pub answers: Option<String>,
 }
+
+/// An attempt this much later than now was not made: a hand wrote it, or the clock has jumped. Clocks of two replicas
+/// differ by less.
+const FUTURE: TimeDelta = TimeDelta::minutes(1);
 
 /// What is to be done at `now`. `not_before` is what the process remembers: no sweep before that.
 pub fn decide(
@@ -42,28 +50,51 @@ pub fn decide(
     not_before: Option<DateTime<Utc>>,
 ) -> Decision {
     let observed = status.observed_generation == Some(subject.generation);
+    let request = subject.request.clone().filter(|request| status.last_handled_request.as_ref() != Some(request));
     if subject.spec.suspend {
         let said = conditions::find(&status.conditions, ConditionType::Suspended).is_some_and(|c| c.status == "True");
-        return if said && observed { Decision::Wait(None) } else { Decision::Suspend };
+        return if said && observed && request.is_none() { Decision::Wait(None) } else { Decision::Suspend };
     }
+    let next = status.next_schedule_time.filter(|next| plausible(*next, now, subject));
+    if observed
+        && (next != status.next_schedule_time || status.last_attempt_time.is_some_and(|last| last - now > FUTURE))
+    {
+        return Decision::Repair;
+    }
+    let last_attempt = status.last_attempt_time.filter(|last| *last <= now);
     let ends_a_failure = !observed && status.consecutive_failures > 0;
-    let next = match status.next_schedule_time {
-        Some(next) if plausible(next, now, subject) => Some(next),
-        // The period was shortened, or a hand set the time, or a clock has jumped since.
-        Some(_) if observed => {
-            let last = status.last_attempt_time.filter(|last| *last <= now);
-            last.map(|last| subject.grid().after(last, last))
-        }
-        Some(_) if ends_a_failure => None,
-        Some(_) => return Decision::Preflight,
-        // Never swept, or resumed: then the slot after the last attempt is the one that may be overdue.
-        None => status.last_attempt_time.filter(|last| *last <= now).map(|last| subject.grid().after(last, last)),
-    };
-    let due = next.max(not_before.filter(|time| plausible(*time, now, subject))).unwrap_or(now);
-    if now < due && !ends_a_failure {
-        return if observed { Decision::Wait(Some(due)) } else { Decision::Preflight };
+    if !observed && !ends_a_failure && next != status.next_schedule_time {
+        // The period was shortened.
+        return Decision::Preflight;
     }
+    // Without a next one, as when resumed, the slot after the last attempt is the one that may be overdue.
+    let next = next.or_else(|| last_attempt.filter(|_| !ends_a_failure).map(|last| subject.grid().after(last, last)));
+    let due = next.max(not_before.filter(|time| plausible(*time, now, subject))).unwrap_or(now);
+    let is_due = due <= now || ends_a_failure;
+    if !observed && !is_due {
+        return Decision::Preflight;
+    }
+    if !observed && status.last_attempt_time.is_none() {
+        return Decision::Acknowledge;
+    }
+    let decision = if is_due { due_now(now, subject, status, due) } else { Decision::Wait(Some(due)) };
+    match (decision, request) {
+        (Decision::Sweep(slot), answers) => Decision::Sweep(Slot { answers, ..slot }),
+        (_, Some(request)) => Decision::Sweep(Slot {
+            schedule_time: whole_seconds(now),
+            trigger: Trigger::Request,
+            limit: subject.spec.limit.into(),
+            continues: None,
+            answers: Some(request),
+        }),
+        (decision, None) => decision,
+    }
+}
+
+/// What is due when something is.
+fn due_now(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus, due: DateTime<Utc>) -> Decision {
     // A failed preflight is followed by another one; only the slot itself brings a sweep.
+    let observed = status.observed_generation == Some(subject.generation);
     let last_sweep_stands = status.last_sweep.as_ref().is_some_and(|last| !is_unfinished(last));
     let before_the_slot = |last: DateTime<Utc>| now < subject.grid().after(last, last);
     if observed
@@ -72,9 +103,6 @@ pub fn decide(
         && status.last_attempt_time.filter(|last| *last <= now).is_some_and(before_the_slot)
     {
         return Decision::Preflight;
-    }
-    if !observed && status.last_attempt_time.is_none() {
-        return Decision::Acknowledge;
     }
     sweep(now, subject, status, due)
 }
@@ -111,12 +139,19 @@ fn sweep(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus, 
             trigger: last.trigger,
             limit: left,
             continues: Some(last.clone()),
+            answers: None,
         });
     }
     // However many slots went by: one sweep, for the latest of them.
     let schedule_time = grid.latest(now).max(due).min(now);
     let trigger = if status.last_attempt_time.is_none() { Trigger::Create } else { Trigger::Schedule };
-    Decision::Sweep(Slot { schedule_time: whole_seconds(schedule_time), trigger, limit, continues: None })
+    Decision::Sweep(Slot {
+        schedule_time: whole_seconds(schedule_time),
+        trigger,
+        limit,
+        continues: None,
+        answers: None,
+    })
 }
 
 #[cfg(test)]
@@ -126,6 +161,7 @@ mod tests {
     use super::*;
     use crate::api::Reason;
     use crate::controller::outcome::{Failure, Update};
+    use crate::sweep::preflight::Checked;
     use crate::sweep::report::Ended;
     use crate::sweep::{Class, Report};
 
@@ -137,7 +173,7 @@ mod tests {
         let mut whole = json!({ "database": { "secretRef": { "name": "db" } } });
         whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
         let uid = "0f8fad5b-d9cb-469f-a165-70867728950e".into();
-        Subject { uid, generation, spec: serde_json::from_value(whole).unwrap() }
+        Subject { uid, generation, request: None, spec: serde_json::from_value(whole).unwrap() }
     }
 
     fn done(timed_out: i64) -> Result<Report, Failure> {
@@ -162,8 +198,9 @@ mod tests {
         let update = match decision {
             Decision::Acknowledge => Update::Acknowledged { now },
             Decision::Suspend => Update::Suspended { now },
-            Decision::Preflight => Update::Preflight { now, result: Ok(()) },
-            Decision::Sweep(slot) => Update::Sweep { slot, start: now, end, result: Box::new(result) },
+            Decision::Repair => Update::Repaired { now },
+            Decision::Preflight => Update::Preflight { now, result: Ok(Checked::default()) },
+            Decision::Sweep(slot) => Update::Sweep { slot, start: now, end, result: Box::new(result), checked: None },
             Decision::Wait(_) => return status.clone(),
         };
         update.apply(subject, status)
@@ -271,7 +308,7 @@ mod tests {
         let status = swept_once(&first);
         let edited = subject(2, json!({ "period": "24h", "table": "nowhere" }));
         assert_eq!(decide(at(60), &edited, &status, None), Decision::Preflight);
-        let result = failed().map(|_| ());
+        let result = failed().map(|_| Checked::default());
         let status = Update::Preflight { now: at(60), result }.apply(&edited, &status);
         let retry = status.next_schedule_time.unwrap();
         assert!(retry < at(75), "{retry}");
@@ -320,7 +357,13 @@ mod tests {
         {
             let mut status = good.clone();
             (status.next_schedule_time, status.last_attempt_time) = (Some(next), last);
-            let swept = (0..1200).any(|s| matches!(decide(at(s), &subject, &status, None), Decision::Sweep(_)));
+            assert_eq!(decide(at(0), &subject, &status, None), Decision::Repair, "{next} {last:?}");
+            status = act(Decision::Repair, &subject, &status, at(0), 0, done(0));
+            let swept = (0..1200).any(|s| match decide(at(s), &subject, &status, None) {
+                Decision::Sweep(_) => true,
+                Decision::Wait(_) => false,
+                other => panic!("{other:?}"),
+            });
             assert!(swept, "never within two periods of {next} {last:?}");
         }
     }

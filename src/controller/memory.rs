@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use kube::ResourceExt;
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::Store;
@@ -18,8 +18,35 @@ pub struct Memory {
     pub next: Option<DateTime<Utc>>,
     /// An outcome that could not be published yet.
     pub pending: Option<Arc<(Subject, Update)>>,
+    /// What was looked at by the last whole preflight, and when.
+    pub checked: Option<Seen>,
     /// API requests that failed in a row, for the backoff.
     pub api_failures: u32,
+}
+
+/// What a preflight was about.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Seen {
+    /// Of the object's spec.
+    pub generation: i64,
+    /// The resourceVersions of its Secrets.
+    pub secrets: Vec<String>,
+    /// When.
+    pub time: DateTime<Utc>,
+}
+
+/// A preflight is worth repeating about this often, for what changes in the database without a word to us.
+const CHECK_AGAIN: TimeDelta = TimeDelta::hours(1);
+
+impl Memory {
+    /// Whether a sweep now should begin with a whole preflight: something changed since the last one, or it found
+    /// something, or it was long ago. `ready`: the condition SchemaReady is True.
+    pub fn needs_check(&self, ready: bool, generation: i64, secrets: &[String], now: DateTime<Utc>) -> bool {
+        !ready
+            || self.checked.as_ref().is_none_or(|seen| {
+                seen.generation != generation || seen.secrets != secrets || (now - seen.time).abs() >= CHECK_AGAIN
+            })
+    }
 }
 
 /// The memory of all objects, by UID.
@@ -54,5 +81,25 @@ impl Memories {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Memory>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_preflight_comes_with_every_change_and_about_every_hour() {
+        let at = |second| DateTime::from_timestamp(second, 0).unwrap();
+        let secrets = ["1".to_owned(), "2".to_owned()];
+        let mut memory = Memory::default();
+        assert!(memory.needs_check(true, 1, &secrets, at(0)));
+        memory.checked = Some(Seen { generation: 1, secrets: secrets.to_vec(), time: at(0) });
+        assert!(!memory.needs_check(true, 1, &secrets, at(3599)));
+        assert!(memory.needs_check(true, 1, &secrets, at(3600)));
+        assert!(memory.needs_check(true, 1, &secrets, at(-3600)), "a clock that jumped");
+        assert!(memory.needs_check(true, 2, &secrets, at(1)));
+        assert!(memory.needs_check(true, 1, &secrets[..1], at(1)));
+        assert!(memory.needs_check(false, 1, &secrets, at(1)), "what it found may be mended by now");
     }
 }

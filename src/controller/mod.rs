@@ -1,18 +1,22 @@
 //! The controller: drives each object through five steps, and decides nothing itself.
 //!
 //! `resolve` (fetches the object and its Secrets) -> `decide` (pure: what is due) -> the sweep or a preflight ->
-//! `outcome` (pure: the status that follows) -> `publish` (writes it). What must outlive a reconcile but not the
+//! `outcome` (pure: the status that follows, with `attempt` and `verdicts`; the events are `notice`'s) -> `publish`
+//! (writes it). What must outlive a reconcile but not the
 //! process is in `memory`. Of several replicas the one that holds the `lease` works; the others keep their `watch` warm,
 //! so that a takeover costs no list of all objects, and a replica that could not take over is not ready.
 
+mod attempt;
 pub mod decide;
 pub mod lease;
 pub mod memory;
+pub mod notice;
 pub mod outcome;
 pub mod publish;
 pub mod reconcile;
 pub mod resolve;
 pub mod turn;
+mod verdicts;
 mod watch;
 
 use std::sync::Arc;
@@ -21,6 +25,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use kube::Client;
 use kube::core::DeserializeGuard;
+use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::Store;
 use rustls::RootCertStore;
 use tokio_util::sync::CancellationToken;
@@ -44,6 +49,8 @@ pub struct Settings {
     pub max_concurrent_sweeps: usize,
     /// The most sweeps at once on one database server.
     pub max_sweeps_per_server: usize,
+    /// The name of this process in events: the pod's.
+    pub instance: Option<String>,
     /// The CAs to trust where a spec names none.
     pub default_roots: Arc<RootCertStore>,
 }
@@ -54,6 +61,7 @@ pub struct Context {
     settings: Settings,
     memories: Memories,
     turns: Turns,
+    recorder: Recorder,
     leadership: Leadership,
     /// What is being reconciled right now.
     running: TaskTracker,
@@ -77,7 +85,10 @@ pub async fn run(
     let scopes = Scope::all(&client, &settings);
     let turns = Turns::new(settings.max_concurrent_sweeps, settings.max_sweeps_per_server);
     let (memories, running) = (Memories::default(), TaskTracker::new());
-    let context = Arc::new(Context { client, settings, memories, turns, leadership, running });
+    let reporter =
+        Reporter { controller: "auditlog.dev/audit-log-sweeper".into(), instance: settings.instance.clone() };
+    let recorder = Recorder::new(client.clone(), reporter);
+    let context = Arc::new(Context { client, settings, memories, turns, recorder, leadership, running });
     let stores: Arc<[Store<DeserializeGuard<AuditLogSweeper>>]> = scopes.iter().map(Scope::store).collect();
     let mut watched: FuturesUnordered<_> =
         scopes.into_iter().map(|scope| scope.run(&context, &stores, &readiness, &stop)).collect();

@@ -7,10 +7,12 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
 use kube::core::error_boundary::InvalidObject;
 use kube::core::{DeserializeGuard, NamespaceResourceScope};
+use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::notice::{Notice, notices};
 use super::outcome::{self, Subject, Update};
 use super::resolve::{ApiError, object, within};
 use crate::api::conditions::ConditionType;
@@ -23,6 +25,15 @@ const MANAGER: &str = "audit-log-sweeper";
 /// So often a write is tried on top of what others wrote meanwhile.
 const ATTEMPTS: u32 = 5;
 
+/// What was written.
+#[derive(Debug)]
+pub struct Published {
+    /// The object as it is now.
+    pub object: AuditLogSweeper,
+    /// What there is to tell of it.
+    pub notices: Vec<Notice>,
+}
+
 /// Writes the status that follows from `update` onto `base`, or onto what is there by now. None: the object is gone,
 /// or another one has its name.
 ///
@@ -34,7 +45,7 @@ pub async fn publish(
     subject: &Subject,
     update: &Update,
     now: DateTime<Utc>,
-) -> Result<Option<AuditLogSweeper>, ApiError> {
+) -> Result<Option<Published>, ApiError> {
     let namespace = base.namespace().unwrap_or_default();
     let mut base = base.clone();
     for _ in 0..ATTEMPTS {
@@ -42,19 +53,21 @@ pub async fn publish(
         // Someone else's later attempt stands; only the sums take ours in. A time in the future is no attempt's.
         let later = |start| old.last_attempt_time.is_some_and(|last| start < last && last <= now);
         let overtaken = update.start().is_some_and(later);
-        let new = if overtaken { update.apply_totals(&old) } else { update.apply(subject, &old) };
+        let new = if overtaken { update.apply_totals(subject, &old) } else { update.apply(subject, &old) };
         if same(&old, &new) {
-            return Ok(Some(base));
+            return Ok(Some(Published { object: base, notices: vec![] }));
         }
+        let notices = if overtaken { vec![] } else { notices(update, &old, &new) };
         match patch::<AuditLogSweeper>(client, &base.metadata, &json!(new)).await {
-            Ok(written) => return Ok(Some(written)),
+            Ok(object) => return Ok(Some(Published { object, notices })),
             Err(error) if error.code() == Some(404) => return Ok(None),
             Err(error) if error.code() == Some(409) => {}
             // It would be refused for ever. Without what may be too long, it may pass; else only the counts are lost.
             Err(error) if error.code() == Some(422) => {
                 tracing::error!(%namespace, name = base.name_any(), error = chain(&error), "the status was refused");
                 let reduced = AuditLogSweeperStatus { unsweepable: None, last_error: None, ..new };
-                return Ok(patch(client, &base.metadata, &json!(reduced)).await.ok());
+                let written = patch(client, &base.metadata, &json!(reduced)).await.ok();
+                return Ok(written.map(|object| Published { object, notices }));
             }
             Err(error) => return Err(error),
         }
@@ -65,6 +78,22 @@ pub async fn publish(
         }
     }
     Err(ApiError::Conflict)
+}
+
+/// Tells what happened, by events. Best effort: nothing waits for them, and the status has it all.
+pub async fn tell(recorder: &Recorder, object: &AuditLogSweeper, notices: &[Notice]) {
+    for notice in notices {
+        let event = Event {
+            type_: if notice.warning { EventType::Warning } else { EventType::Normal },
+            reason: notice.reason.into(),
+            note: Some(notice.note.clone()),
+            action: notice.action.into(),
+            secondary: None,
+        };
+        if let Err(error) = within(recorder.publish(&event, &object.object_ref(&()))).await {
+            tracing::debug!(reason = notice.reason, error = chain(&error), "an event could not be published");
+        }
+    }
 }
 
 /// Server-side apply with the resourceVersion: without it, a write for an object that is gone would land on a new one

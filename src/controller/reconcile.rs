@@ -15,11 +15,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::decide::{Decision, Slot, decide};
+use super::memory::Seen;
 use super::outcome::{Failure, Subject, Update};
 use super::resolve::ApiError;
 use super::turn::ServerPermit;
 use super::{Context, publish, resolve};
+use crate::api::conditions::{self, ConditionType};
 use crate::api::{AuditLogSweeper, Reason};
+use crate::sweep::preflight::Checked;
 use crate::sweep::statement::Cursor;
 use crate::sweep::{self, Class, Job, Plan, Report, Target};
 
@@ -145,13 +148,20 @@ async fn pass(
                 info!(%namespace, name, "suspended");
                 Update::Suspended { now: Utc::now() }
             }
+            Decision::Repair => {
+                warn!(%namespace, name, "a time in the status is one that no sweep can have; computing the schedule anew");
+                Update::Repaired { now: Utc::now() }
+            }
             Decision::Preflight => {
                 let result = contained(preflight(&object, &subject, context)).await.and_then(|result| result);
                 Update::Preflight { result, now: Utc::now() }
             }
             Decision::Sweep(slot) => {
                 let target = resolve::target(&context.client, &namespace, &object, &context.settings.default_roots);
-                let job = target.await.and_then(|target| job(&object, &subject, &slot, target));
+                let (job, secrets) = match target.await {
+                    Ok((target, secrets)) => (job(&object, &subject, &slot, target), secrets),
+                    Err(failure) => (Err(failure), vec![]),
+                };
                 let server = job.as_ref().map(|job| job.target.servers()).unwrap_or_default();
                 if job.is_ok() && !permit.as_ref().is_some_and(|permit| permit.is_for(&server)) {
                     // Give back first: who holds one and waits for another may wait for ever.
@@ -166,7 +176,8 @@ async fn pass(
                         continue;
                     }
                 }
-                let attempt = Attempt { object: &object, subject: &subject, slot: &slot, job, start: Utc::now() };
+                let (start, checked) = (Utc::now(), None);
+                let attempt = Attempt { object: &object, subject: &subject, slot: &slot, job, secrets, start, checked };
                 match attempt.make(context, term).await? {
                     Some(update) => update,
                     None => continue,
@@ -187,7 +198,8 @@ async fn publish_update(
 ) -> Result<Option<AuditLogSweeper>, ApiError> {
     let (subject, update) = &*pending;
     context.memories.change(&subject.uid, |memory| memory.pending = Some(pending.clone()));
-    let written = publish::publish(&context.client, object, subject, update, Utc::now()).await?;
+    let published = publish::publish(&context.client, object, subject, update, Utc::now()).await?;
+    let (written, notices) = published.map_or((None, vec![]), |published| (Some(published.object), published.notices));
     context.memories.change(&subject.uid, |memory| {
         memory.pending = None;
         // What was written is what holds: a retry may come sooner than the slot.
@@ -195,14 +207,36 @@ async fn publish_update(
             memory.next = status.next_schedule_time;
         }
     });
+    if let Some(written) = &written {
+        publish::tell(&context.recorder, written, &notices).await;
+    }
     Ok(written)
 }
 
-async fn preflight(object: &AuditLogSweeper, subject: &Subject, context: &Context) -> Result<(), Failure> {
+async fn preflight(object: &AuditLogSweeper, subject: &Subject, context: &Context) -> Result<Checked, Failure> {
     let namespace = object.namespace().unwrap_or_default();
-    let target = resolve::target(&context.client, &namespace, object, &context.settings.default_roots).await?;
-    let looked = async { sweep::preflight::preflight(&Plan::new(&subject.spec)?, &target).await };
-    looked.await.map_err(|error| Failure::from(&error))
+    let target = resolve::target(&context.client, &namespace, object, &context.settings.default_roots);
+    let (target, secrets) = target.await?;
+    let plan = Plan::new(&subject.spec).map_err(|error| Failure::from(&error))?;
+    check(&plan, &target, subject, secrets, context).await
+}
+
+/// Looks at all that a sweep rests on, and remembers that it was looked at. A finding for which no sweep may begin is a
+/// failure.
+async fn check(
+    plan: &Plan,
+    target: &Target,
+    subject: &Subject,
+    secrets: Vec<String>,
+    context: &Context,
+) -> Result<Checked, Failure> {
+    let checked = sweep::preflight::check(plan, target).await.map_err(|error| Failure::from(&error))?;
+    if let Some(finding) = checked.blocking() {
+        return Err(Failure::from(finding));
+    }
+    let seen = Seen { generation: subject.generation, secrets, time: Utc::now() };
+    context.memories.change(&subject.uid, |memory| memory.checked = Some(seen));
+    Ok(checked)
 }
 
 /// What a sweep of the slot needs.
@@ -217,7 +251,11 @@ struct Attempt<'a> {
     subject: &'a Subject,
     slot: &'a Slot,
     job: Result<Job, Failure>,
+    /// The resourceVersions of the Secrets that it was made of.
+    secrets: Vec<String>,
     start: DateTime<Utc>,
+    /// What a preflight found, if there was one.
+    checked: Option<Checked>,
 }
 
 impl Attempt<'_> {
@@ -230,6 +268,17 @@ impl Attempt<'_> {
                 return Ok(Some(self.end(context, Err(failure))));
             }
         };
+        if self.needs_check(context) {
+            let checking = check(&job.plan, &job.target, self.subject, self.secrets.clone(), context);
+            let checked = tokio::select! {
+                checked = contained(checking) => checked.and_then(|checked| checked),
+                () = term.cancelled() => return Ok(None),
+            };
+            match checked {
+                Ok(checked) => self.checked = Some(checked),
+                Err(failure) => return Ok(Some(self.end(context, Err(failure)))),
+            }
+        }
         let mut connected = match contained(sweep::connect(job, term)).await {
             Ok(Ok(connected)) => connected,
             Ok(Err(report)) => return Ok(Some(self.end(context, Ok(*report)))),
@@ -261,6 +310,15 @@ impl Attempt<'_> {
         Ok(Some(self.end(context, result)))
     }
 
+    /// Whether a whole preflight goes before it.
+    fn needs_check(&self, context: &Context) -> bool {
+        let ready = self.object.status.as_ref().is_some_and(|status| {
+            conditions::find(&status.conditions, ConditionType::SchemaReady).is_some_and(|c| c.status == "True")
+        });
+        let memory = context.memories.get(&self.subject.uid);
+        memory.needs_check(ready, self.subject.generation, &self.secrets, self.start)
+    }
+
     /// Whether the object is still the one that the attempt is for.
     async fn still_stands(&self, context: &Context) -> Result<bool, ApiError> {
         let namespace = self.object.namespace().unwrap_or_default();
@@ -274,7 +332,8 @@ impl Attempt<'_> {
     fn end(&self, context: &Context, result: Result<Report, Failure>) -> Update {
         log(self.object, self.subject, &result);
         let (slot, start) = (self.slot.clone(), self.start);
-        let update = Update::Sweep { slot, start, end: Utc::now(), result: Box::new(result) };
+        let (end, checked) = (Utc::now(), self.checked.clone());
+        let update = Update::Sweep { slot, start, end, result: Box::new(result), checked };
         // What the status will say, so that a status that cannot be written changes nothing.
         let status = self.object.status.clone().unwrap_or_default();
         let next = update.apply(self.subject, &status).next_schedule_time;

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::outcome::Failure;
 use crate::api::{AuditLogSweeper, Reason};
-use crate::credentials::{self, Credentials, CredentialsError, SecretData};
+use crate::credentials::{self, Credentials, CredentialsError};
 use crate::sweep::{Class, Target};
 
 /// The longest that one API request may take, its retries by the client included.
@@ -54,30 +54,32 @@ pub async fn object(
     within(api.get_opt(name)).await
 }
 
-/// Where the object's database is, from the Secrets as they are now.
+/// Where the object's database is, from the Secrets as they are now, and the resourceVersions of those.
 pub async fn target(
     client: &Client,
     namespace: &str,
     object: &AuditLogSweeper,
     default_roots: &std::sync::Arc<rustls::RootCertStore>,
-) -> Result<Target, Failure> {
+) -> Result<(Target, Vec<String>), Failure> {
     let database = &object.spec.database;
-    let mut secrets = BTreeMap::new();
+    let (mut secrets, mut versions) = (BTreeMap::new(), vec![]);
     for name in credentials::names(database) {
-        secrets.insert(name.to_owned(), secret(client, namespace, name).await?);
+        let secret = secret(client, namespace, name).await?;
+        versions.extend(secret.metadata.resource_version);
+        secrets.insert(name.to_owned(), secret.data.unwrap_or_default());
     }
     let credentials = Credentials::read(database, namespace, &secrets, None)?;
     let mode = database.tls.as_ref().and_then(|tls| tls.mode);
     let application_name = format!("audit-log-sweeper/{namespace}/{}", object.name_any());
-    Target::new(&credentials, mode, default_roots, &application_name).map_err(|error| Failure::from(&error))
+    let target = Target::new(&credentials, mode, default_roots, &application_name);
+    Ok((target.map_err(|error| Failure::from(&error))?, versions))
 }
 
-/// The data of a Secret.
-async fn secret(client: &Client, namespace: &str, name: &str) -> Result<SecretData, Failure> {
+async fn secret(client: &Client, namespace: &str, name: &str) -> Result<Secret, Failure> {
     let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
     let failure = |reason, class, message| Failure { reason, class, message, reachable: None };
     match within(api.get(name)).await {
-        Ok(secret) => Ok(secret.data.unwrap_or_default()),
+        Ok(secret) => Ok(secret),
         Err(error) => Err(match error.code() {
             Some(404) => failure(
                 Reason::SecretNotFound,

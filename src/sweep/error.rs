@@ -154,6 +154,24 @@ pub enum Class {
     Spec,
 }
 
+impl Class {
+    /// The class of a reason.
+    pub const fn of(reason: Reason) -> Self {
+        match reason {
+            Reason::InvalidConnectionURI
+            | Reason::AuthenticationFailed
+            | Reason::DatabaseNotFound
+            | Reason::TLSFailed
+            | Reason::TableNotFound
+            | Reason::RowSecurity
+            | Reason::ServerNotSupported
+            | Reason::PermissionDenied => Self::Missing,
+            Reason::ColumnNotFound | Reason::SchemaMismatch | Reason::InvalidSpec => Self::Spec,
+            _ => Self::Transient,
+        }
+    }
+}
+
 impl Error {
     /// The error of a statement.
     pub(super) fn statement(step: Step, error: &tokio_postgres::Error) -> Self {
@@ -206,16 +224,7 @@ impl Error {
         if matches!(self, Self::AllRefused { .. }) {
             return Class::Spec;
         }
-        match self.reason() {
-            Reason::InvalidConnectionURI
-            | Reason::AuthenticationFailed
-            | Reason::DatabaseNotFound
-            | Reason::TLSFailed
-            | Reason::TableNotFound
-            | Reason::PermissionDenied => Class::Missing,
-            Reason::ColumnNotFound | Reason::SchemaMismatch | Reason::InvalidSpec => Class::Spec,
-            _ => Class::Transient,
-        }
+        Class::of(self.reason())
     }
 
     /// What a sweep does about an error of a batch.

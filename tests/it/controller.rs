@@ -30,6 +30,7 @@ async fn an_applied_object_is_swept_and_kubectl_shows_it() {
         [
             "Ready=True/LimitReached",
             "DatabaseReachable=True/Connected",
+            "SchemaReady=True/SchemaReady",
             "BacklogBounded=False/FallingBehind",
             "Suspended=False/NotSuspended"
         ]
@@ -105,6 +106,7 @@ async fn every_failure_says_what_to_do_and_shows_no_secret() {
             "Ready=False/SecretNotFound",
             "Reconciling=True/Retrying",
             "DatabaseReachable=Unknown/SecretNotFound",
+            "SchemaReady=Unknown/NotObserved",
             "BacklogBounded=Unknown/NotObserved",
             "Suspended=False/NotSuspended"
         ]
@@ -116,7 +118,7 @@ async fn every_failure_says_what_to_do_and_shows_no_secret() {
         (json!({ "uri": "nonsense" }), "InvalidConnectionURI", "postgresql://user:password@host:5432/dbname"),
         (json!({ "uri": wrong_password }), "AuthenticationFailed", "check the user and password in the Secret"),
         (json!({ "uri": unreachable }), "DatabaseUnreachable", "check the host and port in the connection URI"),
-        (json!({ "uri": good }), "TableNotFound", "check spec.schema and spec.table"),
+        (json!({ "uri": good }), "TableNotFound", "check spec.table"),
     ];
     for (limit, (data, reason, advice)) in (10..).zip(steps) {
         operator.kubectl().args(["delete", "secret", "db", "--ignore-not-found"]).output().unwrap();
@@ -208,7 +210,7 @@ async fn an_edit_is_looked_at_and_not_swept() {
     assert!(has(&status, "Ready=True/Swept"), "{status:#}");
     assert_eq!(log.timed_out().await, [1]);
 
-    operator.apply("app", json!({ "period": "3h", "columns": { "id": "request_id" } })).await;
+    operator.apply("app", json!({ "period": "3h", "limit": 7 })).await;
     let status = operator.until("app", "the preflight", |s| s["observedGeneration"] == json!(4)).await;
     assert!(has(&status, "Ready=True/SchemaReady"), "{status:#}");
     assert_eq!(status["totals"]["sweeps"], json!(2));
@@ -226,6 +228,7 @@ async fn a_spec_that_cannot_work_stalls_at_once() {
             "Ready=False/SchemaMismatch",
             "Stalled=True/SchemaMismatch",
             "DatabaseReachable=True/Connected",
+            "SchemaReady=False/SchemaMismatch",
             "BacklogBounded=Unknown/NotObserved",
             "Suspended=False/NotSuspended"
         ]
@@ -244,6 +247,7 @@ async fn suspend_is_acknowledged_and_a_resume_goes_on() {
         [
             "Ready=True/Suspended",
             "DatabaseReachable=Unknown/Suspended",
+            "SchemaReady=Unknown/Suspended",
             "BacklogBounded=Unknown/Suspended",
             "Suspended=True/Suspended"
         ]

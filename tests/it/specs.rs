@@ -3,7 +3,8 @@
 
 use audit_log_sweeper::api::manifest;
 use audit_log_sweeper::api::status::{
-    AuditLogSweeperStatus, Backlog, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger, Unsweepable,
+    AuditLogSweeperStatus, Backlog, HistoryEntry, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger,
+    Unsweepable,
 };
 use audit_log_sweeper::api::{AuditLogSweeper, AuditLogSweeperSpec, ConditionType, Reason, Verdict, conditions};
 use chrono::DateTime;
@@ -46,6 +47,8 @@ fn accepted() -> Vec<Value> {
         json!({ "statementTimeout": "1s", "deadline": "1s" }),
         json!({ "statementTimeout": "1h", "deadline": "24h" }),
         json!({ "suspend": true, "mode": "Observe" }),
+        json!({ "historyLimit": 0 }),
+        json!({ "historyLimit": 20 }),
     ]
 }
 
@@ -136,6 +139,8 @@ fn refused() -> Vec<(Value, &'static str, &'static str)> {
             "statementTimeout must not be longer than deadline",
         ),
         (json!({ "deadline": "25h" }), "spec.deadline", duration),
+        (json!({ "historyLimit": 21 }), "spec.historyLimit", ""),
+        (json!({ "historyLimit": -1 }), "spec.historyLimit", ""),
         (json!({ "suspend": "yes" }), "spec.suspend", ""),
         (json!({ "timeOut": "4h" }), "spec.timeOut", "unknown field"),
         (json!({ "mode": "observe" }), "spec.mode", ""),
@@ -231,6 +236,19 @@ async fn a_maximal_status_is_accepted() {
             ids: vec!["x".repeat(36); 10],
             resume_after: Some(ResumeAfter { time_started: "x".repeat(40), id: Some("x".repeat(36)) }),
         }),
+        history: vec![
+            HistoryEntry {
+                outcome: Outcome::DeadlineReached,
+                reason: Some(longest_reason().as_str().into()),
+                trigger: Trigger::Schedule,
+                timed_out: i64::MAX,
+                count: i64::MAX,
+                first_time: now,
+                last_time: now,
+            };
+            20
+        ],
+        last_handled_request: Some("ä".repeat(64)),
         clock_skew_milliseconds: Some(i64::MIN),
         totals: Some(Totals { sweeps: i64::MAX, failures: i64::MAX, timed_out: i64::MAX }),
         consecutive_failures: i32::MAX,

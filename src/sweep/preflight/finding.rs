@@ -135,6 +135,19 @@ pub struct Finding {
     pub fix: Option<Fix>,
 }
 
+impl Finding {
+    /// What is wrong and what mends it, for a condition or an event.
+    pub fn in_one_line(&self) -> String {
+        match &self.fix {
+            Some(Fix::Sql { statements, run_as }) => {
+                format!("{}; to mend it, run as {run_as}: {}", self.message, statements.join("; "))
+            }
+            Some(Fix::Field(field)) => format!("{}; check {field}", self.message),
+            None => self.message.clone(),
+        }
+    }
+}
+
 impl From<&Error> for Finding {
     /// An error that ended the preflight early.
     fn from(error: &Error) -> Self {

@@ -219,7 +219,7 @@ async fn a_table_that_is_locked_is_an_error_and_not_a_finding() {
 #[ignore = "needs PgBouncer (Debian and Ubuntu: apt-get install pgbouncer)"]
 async fn through_a_pooler_and_leaves_no_setting_behind() {
     let log = Log::new().await;
-    let bouncer = Bouncer::start(&log.database).await.unwrap();
+    let bouncer = Bouncer::start(&log.database, 1).await.unwrap();
     let job = log.job_at(&bouncer.uri(), json!({}));
     for _ in 0..2 {
         assert!(preflight::check(&job.plan, &job.target).await.unwrap().findings.is_empty());

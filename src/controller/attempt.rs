@@ -1,0 +1,196 @@
+//! What an attempt at a sweep, or a failure before one, does to the status. Pure; a part of `outcome`.
+
+use chrono::{DateTime, TimeDelta, Utc};
+
+use super::decide::Slot;
+use super::outcome::{Failure, Subject};
+use super::verdicts::{self, healthy};
+use crate::api::conditions::{self, ConditionType, Reason, Verdict};
+use crate::api::status::{
+    AuditLogSweeperStatus, HistoryEntry, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger, Unsweepable,
+    remember, whole_seconds,
+};
+use crate::sweep::preflight::Checked;
+use crate::sweep::{Class, Report};
+
+/// So many failures, and so long, until a missing Secret, table or grant counts as nobody's passing trouble.
+const PATIENCE: (i32, TimeDelta) = (5, TimeDelta::minutes(5));
+
+/// An attempt at a sweep.
+pub(super) struct Attempt<'a> {
+    pub subject: &'a Subject,
+    pub slot: &'a Slot,
+    pub start: DateTime<Utc>,
+    pub end: DateTime<Utc>,
+    pub result: &'a Result<Report, Failure>,
+    pub checked: Option<&'a Checked>,
+}
+
+impl Attempt<'_> {
+    /// Adds what it counted to the sums.
+    pub fn add_totals(&self, status: &mut AuditLogSweeperStatus) {
+        let failed = self.result.as_ref().map_or(true, |report| report.error.is_some());
+        let totals = status.totals.get_or_insert_with(Totals::default);
+        totals.sweeps = totals.sweeps.saturating_add(1);
+        totals.failures = totals.failures.saturating_add(i64::from(failed));
+        totals.timed_out = totals.timed_out.saturating_add(self.result.as_ref().map_or(0, |report| report.timed_out));
+    }
+
+    /// Lays it over the status. No verdicts: what was said still stands.
+    pub fn lay_over(&self, status: &mut AuditLogSweeperStatus) -> Vec<Verdict> {
+        let Self { subject, slot, start, end, result, .. } = *self;
+        self.add_totals(status);
+        let empty = Report::default();
+        let report = result.as_ref().unwrap_or(&empty);
+        let sweep = self.last_sweep(report);
+        // An attempt that did not get to the rows says nothing about them.
+        if let Some((database, after)) = report.database_time {
+            status.unsweepable = unsweepable(report);
+            let ours = start + TimeDelta::from_std(after).unwrap_or_default();
+            status.clock_skew_milliseconds = Some((ours - database).num_milliseconds());
+        }
+        if slot.trigger != Trigger::Request {
+            status.last_schedule_time = Some(sweep.schedule_time);
+        }
+        status.last_attempt_time = Some(whole_seconds(start));
+        status.last_handled_request = slot.answers.clone().or(status.last_handled_request.take());
+        let failure = match result {
+            Err(failure) => Some(failure.clone()),
+            Ok(report) => report.error.as_ref().map(Failure::from),
+        };
+        let reason = failure.as_ref().map(|failure| failure.reason.as_str().to_owned());
+        let verdicts = match failure {
+            Some(failure) => self.failed(status, &failure, sweep.timed_out),
+            None if sweep.outcome == Outcome::Stopped => {
+                // The next operator goes on with it at once, with what is left of its limit.
+                let left = sweep.timed_out < i64::from(subject.spec.limit);
+                let next = if left { whole_seconds(end) } else { subject.grid().after(start, end) };
+                status.next_schedule_time = Some(next);
+                vec![]
+            }
+            None => self.went_well(status, report, &sweep),
+        };
+        let entry = HistoryEntry {
+            outcome: sweep.outcome,
+            reason,
+            trigger: sweep.trigger,
+            timed_out: report.timed_out,
+            count: 1,
+            first_time: whole_seconds(end),
+            last_time: whole_seconds(end),
+        };
+        let limit = usize::try_from(subject.spec.history_limit).unwrap_or_default();
+        status.history = remember(&status.history, entry, limit);
+        status.last_sweep = Some(sweep);
+        verdicts
+    }
+
+    /// The sweep that it is part of, with its counts added.
+    fn last_sweep(&self, report: &Report) -> LastSweep {
+        let before = self.slot.continues.as_ref();
+        let sum = |count: fn(&LastSweep) -> i64, now: i64| before.map_or(0, count).saturating_add(now);
+        LastSweep {
+            schedule_time: whole_seconds(self.slot.schedule_time),
+            start_time: whole_seconds(self.start),
+            duration_milliseconds: report.duration_milliseconds(),
+            trigger: self.slot.trigger,
+            outcome: report.outcome(),
+            attempts: before.map_or(0, |last| last.attempts).saturating_add(1),
+            cutoff: report.cutoff,
+            limit: self.subject.spec.limit,
+            timed_out: sum(|last| last.timed_out, report.timed_out),
+            skipped: sum(|last| last.skipped, report.skipped),
+            suppressed: sum(|last| last.suppressed, report.suppressed),
+            uncertain: sum(|last| last.uncertain, report.uncertain),
+            batches: sum(|last| last.batches, report.batches),
+        }
+    }
+
+    fn failed(&self, status: &mut AuditLogSweeperStatus, failure: &Failure, timed_out: i64) -> Vec<Verdict> {
+        let Self { subject, slot, end, .. } = *self;
+        let scheduled = status.next_schedule_time;
+        // A failed attempt does not put the slot after it off. With nothing left of its limit, the slot is done.
+        let next = subject.grid().after(slot.schedule_time, end);
+        let verdicts = fail(status, subject, failure, end, next);
+        if slot.trigger == Trigger::Request && scheduled.is_some() && slot.continues.is_none() {
+            // What was due anyway still is, no sooner and no later.
+            status.next_schedule_time = scheduled;
+        } else if timed_out >= i64::from(subject.spec.limit) {
+            status.next_schedule_time = Some(next);
+        }
+        verdicts
+    }
+
+    fn went_well(&self, status: &mut AuditLogSweeperStatus, report: &Report, sweep: &LastSweep) -> Vec<Verdict> {
+        let Self { subject, start, end, checked, .. } = *self;
+        status.consecutive_failures = 0;
+        status.next_schedule_time = Some(subject.grid().after(start, end));
+        status.backlog.clone_from(&report.backlog);
+        status.last_successful_time = Some(whole_seconds(end));
+        let reason = match sweep.outcome {
+            Outcome::LimitReached => Reason::LimitReached,
+            Outcome::DeadlineReached => Reason::DeadlineReached,
+            Outcome::Observed => Reason::Observed,
+            Outcome::Drained | Outcome::Failed | Outcome::Stopped => Reason::Swept,
+        };
+        let schema = verdicts::schema(checked, &status.conditions);
+        healthy(reason, &summary(report, sweep), schema, verdicts::bounded(subject, report))
+    }
+}
+
+/// A sweep that went well in one line.
+fn summary(report: &Report, sweep: &LastSweep) -> String {
+    let backlog = report.backlog.as_ref().filter(|backlog| backlog.remaining > 0);
+    let left = backlog.map_or_else(String::new, |backlog| format!("; {} stale rows are left", backlog.display));
+    let refused = match report.refused {
+        0 => String::new(),
+        rows => {
+            let why = report.refused_why.as_deref().unwrap_or_default();
+            format!("; {rows} rows were refused, see status.unsweepable; the first because {why}")
+        }
+    };
+    let ended = match sweep.outcome {
+        Outcome::Observed => return format!("changed nothing, as spec.mode says{left}{refused}"),
+        Outcome::LimitReached => "stopped at the limit",
+        Outcome::DeadlineReached => "stopped at the deadline",
+        Outcome::Drained | Outcome::Failed | Outcome::Stopped if backlog.is_some() => "looked at every stale row",
+        Outcome::Drained | Outcome::Failed | Outcome::Stopped => "no stale row is left",
+    };
+    format!("completed {} rows, {ended}{left}{refused}", sweep.timed_out)
+}
+
+fn unsweepable(report: &Report) -> Option<Unsweepable> {
+    let resume_after = report.resume_after.as_ref();
+    let resume_after = resume_after.map(|at| ResumeAfter { time_started: at.time_started.clone(), id: at.id.clone() });
+    (report.refused > 0 || resume_after.is_some()).then(|| Unsweepable {
+        count: report.refused,
+        ids: report.refused_ids.clone(),
+        resume_after,
+    })
+}
+
+/// Lays a failure over the status: retried, at the latest at the `next` slot.
+pub(super) fn fail(
+    status: &mut AuditLogSweeperStatus,
+    subject: &Subject,
+    failure: &Failure,
+    now: DateTime<Utc>,
+    next: DateTime<Utc>,
+) -> Vec<Verdict> {
+    status.consecutive_failures = status.consecutive_failures.saturating_add(1);
+    status.last_failure_time = Some(whole_seconds(now));
+    status.last_error = Some(LastError::new(failure.reason, &failure.message, now));
+    let missing = failure.class == Class::Missing;
+    let retry = subject.grid().retry(status.consecutive_failures, missing, now, next);
+    status.next_schedule_time = Some(whole_seconds(retry).max(whole_seconds(now)));
+    let failing_since = conditions::find(&status.conditions, ConditionType::Ready)
+        .filter(|ready| ready.status == "False")
+        .map(|ready| ready.last_transition_time.0.as_second());
+    let for_long = failing_since.is_some_and(|since| now.timestamp() - since >= PATIENCE.1.num_seconds());
+    let stalled = match failure.class {
+        Class::Spec => true,
+        Class::Missing => status.consecutive_failures >= PATIENCE.0 && for_long,
+        Class::Transient => false,
+    };
+    verdicts::failed(failure, stalled, status.consecutive_failures, &status.conditions)
+}
