@@ -122,6 +122,12 @@ reasons! {
     PermissionDenied,
     /// The table is not of the shape that the spec says, or a value does not fit its column.
     SchemaMismatch,
+    /// The index that a sweep reads is missing or not as it must be.
+    IndexMissing,
+    /// Row security would hide rows of the table from the role.
+    RowSecurity,
+    /// The server is not a PostgreSQL that a sweep works on.
+    ServerNotSupported,
     /// A statement took longer than `statementTimeout`.
     StatementTimeout,
     /// The table was locked, by a schema change most likely.

@@ -26,6 +26,8 @@ pub struct Plan {
     pub assignments: String,
     /// Whether to complete rows, or only to count them.
     pub mode: Mode,
+    /// The same names as they are in the catalog, for the preflight.
+    pub names: Names,
     /// How old an incomplete row must be.
     pub timeout: Duration,
     /// The most rows that one sweep completes.
@@ -36,6 +38,23 @@ pub struct Plan {
     pub statement_timeout: Duration,
     /// The longest that the sweep may take.
     pub deadline: Duration,
+}
+
+/// Names as the spec and the catalog have them, not quoted.
+#[derive(Clone, Debug)]
+pub struct Names {
+    /// The schema of the table.
+    pub schema: String,
+    /// The table.
+    pub table: String,
+    /// The key column.
+    pub id: String,
+    /// The column of the start time.
+    pub time_started: String,
+    /// The column of the completion time.
+    pub time_completed: String,
+    /// The further columns to set, in the spec's order. None: to NULL.
+    pub complete: Vec<(String, Option<String>)>,
 }
 
 impl Plan {
@@ -59,6 +78,14 @@ impl Plan {
             time_started: escape_identifier(&spec.columns.time_started),
             time_completed: escape_identifier(&spec.columns.time_completed),
             assignments,
+            names: Names {
+                schema: spec.schema.clone(),
+                table: spec.table.clone(),
+                id: spec.columns.id.clone(),
+                time_started: spec.columns.time_started.clone(),
+                time_completed: spec.columns.time_completed.clone(),
+                complete: spec.complete.iter().map(|set| (set.column.clone(), set.value.clone())).collect(),
+            },
             mode: spec.mode,
             timeout: spec.timeout.as_std(),
             limit: spec.limit.into(),

@@ -1,4 +1,5 @@
 //! All SQL of the sweep is written here, and its answers are read here. Why each piece is as it is stands beside it.
+//! What the preflight asks the catalog is written in `preflight/catalog.rs`, the SQL for people in `preflight/mend.rs`.
 //!
 //! Everything goes as simple queries, several statements in one message: an error in it skips the rest, so nothing
 //! runs outside its transaction, and no prepared statement is left behind in a pooler.
@@ -11,7 +12,7 @@ use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 use super::plan::{Plan, literal};
 
 /// Waiting for a lock longer than this is somebody else's schema change.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A client that was stopped or cut off must not hold its row locks for long.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -5,5 +5,6 @@ mod edges;
 mod faults;
 mod history;
 mod poison;
+mod preflight;
 mod shapes;
 mod sweep;

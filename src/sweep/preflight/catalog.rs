@@ -1,0 +1,292 @@
+//! What the preflight asks the server, and the shape of the answers: facts, which `judge` and `index` judge.
+//!
+//! Each question is one SELECT that answers with one JSON document. Every role may read these catalogs, so that a
+//! missing right hides no other fault. Columns that not every version has are read through `to_jsonb`.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::sweep::Plan;
+use crate::sweep::plan::literal;
+use crate::sweep::statement::LOCK_TIMEOUT;
+
+/// Who answers, and as whom.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Server {
+    /// Such as `15.18 (Debian 15.18-0+deb12u1)`.
+    pub version: String,
+    /// Such as 150018.
+    pub number: i64,
+    /// What the server calls itself, to tell PostgreSQL from what imitates it.
+    pub product: String,
+    pub standby: bool,
+    /// The role.
+    pub user: String,
+    /// Row security does not apply to the role.
+    pub bypass: bool,
+}
+
+/// The facts about the table and what surrounds it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Catalog {
+    /// None: there is no such schema.
+    pub schema: Option<Schema>,
+    /// Tables whose names differ from the one looked for by nothing but case or schema: schema and name.
+    pub similar: Vec<(String, String)>,
+    /// None: there is no such relation.
+    pub table: Option<Table>,
+    /// The relation and all below it, whether partitions or children by INHERITS. A parent comes before its children.
+    pub tree: Vec<Node>,
+    /// Names, by schema, that could collide with those of new indexes.
+    pub taken: Vec<(String, String)>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Schema {
+    /// The role has USAGE.
+    pub usage: bool,
+    /// Who may grant it.
+    pub owner: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Table {
+    pub owner: String,
+    /// The role has the rights of the owner.
+    pub owned: bool,
+    pub row_security: bool,
+    pub force_row_security: bool,
+    pub columns: Vec<Column>,
+    /// Rules ON UPDATE that are in force.
+    pub rules: Vec<String>,
+    /// Triggers on UPDATE that are in force.
+    pub triggers: Vec<Trigger>,
+    /// CHECKs that are NOT VALID, with the relation that they are on.
+    pub unvalidated: Vec<Constraint>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Column {
+    pub name: String,
+    /// The type's schema and name.
+    pub type_schema: String,
+    #[serde(rename = "type")]
+    pub type_name: String,
+    /// The type's modifier: the digits of a second for a timestamptz, or -1.
+    pub typmod: i64,
+    /// NULL is refused, and was always.
+    pub not_null: bool,
+    /// GENERATED ALWAYS, be it by an expression or as identity.
+    pub generated: bool,
+    /// Part of the partition key of the table or of a partition.
+    pub partition_key: bool,
+    /// The role has the right.
+    pub select: bool,
+    pub update: bool,
+    /// The labels, if the type is an enum.
+    pub labels: Option<Vec<String>>,
+    /// Who may add a label.
+    pub type_owner: String,
+    /// Views that stop the type from being altered.
+    pub views: Vec<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Trigger {
+    pub name: String,
+    pub function: String,
+    pub before: bool,
+    pub for_each_row: bool,
+    /// UPDATE OF these; empty: any.
+    pub columns: Vec<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Constraint {
+    pub schema: String,
+    pub table: String,
+    pub name: String,
+}
+
+/// The table, a partition or a child.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Node {
+    pub oid: i64,
+    /// None: the table itself.
+    pub parent: Option<i64>,
+    pub schema: String,
+    pub name: String,
+    /// `pg_class.relkind`.
+    pub kind: String,
+    pub indexes: Vec<Index>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Index {
+    pub oid: i64,
+    /// The index of the parent that it is attached to.
+    pub parent: Option<i64>,
+    pub name: String,
+    pub valid: bool,
+    pub unique: bool,
+    /// A btree whose first two columns are in one direction, with the default operators and the columns' collations.
+    pub ordered: bool,
+    /// Names of the key columns; None stands for an expression.
+    pub columns: Vec<Option<String>>,
+    /// It has further columns.
+    pub includes: bool,
+    /// WHERE timeCompleted IS NULL.
+    pub where_incomplete: bool,
+    /// It has a WHERE of any kind.
+    pub partial: bool,
+}
+
+/// Asks who answers.
+pub fn server() -> &'static str {
+    "SELECT json_build_object('version', current_setting('server_version'), \
+       'number', current_setting('server_version_num')::int, 'product', split_part(version(), ' ', 1), \
+       'standby', pg_is_in_recovery(), 'user', current_user, \
+       'bypass', (SELECT rolsuper OR rolbypassrls FROM pg_catalog.pg_roles WHERE rolname = current_user))"
+}
+
+/// Asks for a [`Catalog`]. In a transaction that can change nothing and sees one state of the catalog.
+pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
+    let [schema, table, completed] =
+        [&plan.names.schema, &plan.names.table, &plan.names.time_completed].map(|name| literal(name));
+    format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL statement_timeout = {timeout}; \
+         SET LOCAL lock_timeout = {lock_timeout}; \
+         SET LOCAL search_path = pg_catalog; \
+         WITH RECURSIVE tree AS ( \
+           SELECT c.oid, NULL::oid AS parent, 0 AS level FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+             WHERE n.nspname = {schema} AND c.relname = {table} \
+           UNION SELECT i.inhrelid, i.inhparent, tree.level + 1 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid \
+             WHERE NOT coalesce((to_jsonb(i) ->> 'inhdetachpending')::boolean, false)) \
+         SELECT json_build_object( \
+           'schema', (SELECT json_build_object('usage', has_schema_privilege(n.oid, 'USAGE'), 'owner', {schema_owner}) \
+             FROM pg_namespace n WHERE n.nspname = {schema}), \
+           'similar', {similar}, 'table', ({about_table}), 'tree', {tree}, 'taken', {taken}); COMMIT",
+        timeout = statement_timeout.as_millis().max(1),
+        // To write a predicate down the server locks its table.
+        lock_timeout = LOCK_TIMEOUT.min(statement_timeout / 2).as_millis().max(1),
+        // A role that nobody can be: whoever owns the database is in it.
+        schema_owner = "CASE pg_get_userbyid(n.nspowner) WHEN 'pg_database_owner' \
+             THEN (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = current_database()) \
+             ELSE pg_get_userbyid(n.nspowner) END",
+        similar = list(
+            "json_build_array(n.nspname, c.relname) ORDER BY n.nspname, c.relname",
+            &format!(
+                "pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p') \
+                 AND lower(c.relname) = lower({table}) AND (n.nspname, c.relname) <> ({schema}, {table}) \
+                 AND c.relpersistence <> 't'"
+            )
+        ),
+        about_table = about_table(),
+        tree = list(
+            &format!(
+                "json_build_object('oid', c.oid::bigint, 'parent', tree.parent::bigint, 'schema', n.nspname, \
+                 'name', c.relname, 'kind', c.relkind::text, 'indexes', {}) ORDER BY tree.level, c.oid",
+                indexes(&completed)
+            ),
+            "tree JOIN pg_class c ON c.oid = tree.oid JOIN pg_namespace n ON n.oid = c.relnamespace"
+        ),
+        taken = list(
+            "json_build_array(n.nspname, c.relname)",
+            "pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relnamespace IN \
+               (SELECT s.relnamespace FROM tree JOIN pg_class s ON s.oid = tree.oid) \
+               AND c.relname LIKE ANY (ARRAY['%\\_incomplete\\_by\\_time\\_started%', '%\\_sweep\\_key%'])"
+        ),
+    )
+}
+
+/// A JSON array of what a query finds; empty where that is nothing.
+fn list(item: &str, from: &str) -> String {
+    format!("(SELECT coalesce(json_agg({item}), '[]'::json) FROM {from})")
+}
+
+fn about_table() -> String {
+    let generated = "a.attgenerated <> '' OR a.attidentity = 'a'";
+    // Since 18 a NOT NULL can be NOT VALID: old rows may hold a NULL.
+    let not_null = "a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid \
+                    AND k.contype = 'n' AND NOT k.convalidated AND k.conkey[1] = a.attnum)";
+    // A column of a partition key, be it in an expression, depends on its table.
+    let partition_key = "EXISTS (SELECT FROM tree JOIN pg_attribute p ON p.attrelid = tree.oid AND p.attname = a.attname \
+                         JOIN pg_partitioned_table t ON t.partrelid = tree.oid WHERE p.attnum = ANY (t.partattrs::int2[]) \
+                         OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = tree.oid \
+                         AND d.objsubid = p.attnum AND d.refclassid = 'pg_class'::regclass AND d.refobjid = tree.oid \
+                         AND d.refobjsubid = 0 AND d.deptype = 'i'))";
+    let labels = "(SELECT json_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = t.oid)";
+    let views = list(
+        "DISTINCT v.relname",
+        "pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class \
+         WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid \
+         AND d.refobjsubid = a.attnum AND v.oid <> c.oid",
+    );
+    let columns = list(
+        &format!(
+            "json_build_object('name', a.attname, 'type_schema', tn.nspname, 'type', t.typname, 'typmod', a.atttypmod, \
+             'not_null', {not_null}, 'generated', {generated}, 'partition_key', {partition_key}, \
+             'select', has_column_privilege(c.oid, a.attnum, 'SELECT'), \
+             'update', has_column_privilege(c.oid, a.attnum, 'UPDATE'), \
+             'labels', {labels}, 'type_owner', pg_get_userbyid(t.typowner), 'views', {views}) ORDER BY a.attnum"
+        ),
+        "pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace \
+         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped",
+    );
+    let rules = list(
+        "r.rulename ORDER BY r.rulename",
+        "pg_rewrite r WHERE r.ev_class = c.oid AND r.ev_type = '2' AND r.ev_enabled IN ('O', 'A')",
+    );
+    let of_columns = list(
+        "a.attname",
+        "pg_attribute a WHERE a.attrelid = g.tgrelid AND a.attnum = ANY (g.tgattr::int2[]) AND a.attnum > 0",
+    );
+    // The bits of tgtype: 1 for each row, 2 before, 16 on update. What a partition got from the table is its parent's.
+    let triggers = list(
+        &format!(
+            "json_build_object('name', g.tgname, 'function', p.proname, 'before', g.tgtype & 2 <> 0, \
+             'for_each_row', g.tgtype & 1 <> 0, 'columns', {of_columns}) ORDER BY g.tgname"
+        ),
+        "pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid WHERE g.tgrelid IN (SELECT tree.oid FROM tree) \
+         AND NOT g.tgisinternal AND g.tgparentid = 0 AND g.tgtype & 16 <> 0 AND g.tgenabled IN ('O', 'A')",
+    );
+    let unvalidated = list(
+        "json_build_object('schema', s.nspname, 'table', o.relname, 'name', k.conname) ORDER BY o.relname, k.conname",
+        "pg_constraint k JOIN pg_class o ON o.oid = k.conrelid JOIN pg_namespace s ON s.oid = o.relnamespace \
+         WHERE k.conrelid IN (SELECT tree.oid FROM tree) AND k.contype = 'c' AND NOT k.convalidated AND k.coninhcount = 0 \
+         AND coalesce((to_jsonb(k) ->> 'conenforced')::boolean, true)",
+    );
+    format!(
+        "SELECT json_build_object('owner', pg_get_userbyid(c.relowner), 'owned', pg_has_role(c.relowner, 'USAGE'), \
+           'row_security', c.relrowsecurity, 'force_row_security', c.relforcerowsecurity, 'columns', {columns}, \
+           'rules', {rules}, 'triggers', {triggers}, 'unvalidated', {unvalidated}) \
+         FROM pg_class c WHERE c.oid = (SELECT tree.oid FROM tree WHERE tree.level = 0)"
+    )
+}
+
+fn indexes(completed: &str) -> String {
+    let columns = "(SELECT json_agg(a.attname ORDER BY key.n) \
+                   FROM unnest(x.indkey::int2[]) WITH ORDINALITY AS key(attnum, n) \
+                   LEFT JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = key.attnum AND key.attnum <> 0 \
+                   WHERE key.n <= x.indnkeyatts)";
+    // Both ascending with NULLs last, or both the other way round, which is read backwards.
+    let ordered = "m.amname = 'btree' AND x.indnkeyatts >= 2 \
+                   AND (x.indoption[0], x.indoption[1]) IN ((0, 0), (3, 3)) \
+                   AND (SELECT bool_and(q.opcdefault) FROM pg_opclass q WHERE q.oid IN (x.indclass[0], x.indclass[1])) \
+                   AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = x.indrelid \
+                     AND (a.attnum, a.attcollation <> x.indcollation[0]) = (x.indkey[0], true) \
+                     OR a.attrelid = x.indrelid AND (a.attnum, a.attcollation <> x.indcollation[1]) = (x.indkey[1], true))";
+    list(
+        &format!(
+            "json_build_object('oid', ic.oid::bigint, 'parent', (SELECT h.inhparent::bigint FROM pg_inherits h \
+               WHERE h.inhrelid = ic.oid), 'name', ic.relname, 'valid', x.indisvalid AND x.indisready, \
+             'unique', x.indisunique, 'columns', {columns}, 'ordered', {ordered}, \
+             'includes', x.indnatts > x.indnkeyatts, 'partial', x.indpred IS NOT NULL, \
+             'where_incomplete', coalesce(pg_get_expr(x.indpred, x.indrelid) = format('(%I IS NULL)', {completed}), false)) \
+             ORDER BY ic.relname"
+        ),
+        "pg_index x JOIN pg_class ic ON ic.oid = x.indexrelid JOIN pg_am m ON m.oid = ic.relam \
+         WHERE x.indrelid = c.oid AND x.indislive",
+    )
+}

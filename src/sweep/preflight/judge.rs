@@ -1,0 +1,504 @@
+//! Judges the facts, pure: what passes, what does not, why that matters, and what mends it.
+
+use super::catalog::{Catalog, Column, Node, Schema, Server, Table};
+use super::finding::{Checked, Fix, RunAs, Severity, Subject};
+use super::mend::{self, Wanted, field, qualified, sql};
+use crate::api::Reason;
+use crate::sweep::plan::Names;
+use crate::sweep::{Error, Plan};
+
+use Severity::{Blocking, NotReady, Warning};
+
+/// The oldest version that the sweep is tested on.
+const OLDEST: i64 = 130_000;
+
+/// Types of keys that the sweep is tested with.
+const KEY_TYPES: [&str; 6] = ["uuid", "int8", "text", "int4", "int2", "varchar"];
+
+/// With fewer digits of a second, a time written down lies up to some hundredths of a second beside the true one.
+const DIGITS: i64 = 3;
+
+/// Names of columns that a message lists, at most.
+const LISTED: usize = 30;
+
+/// Judges the server. False: there is no sense in asking it more.
+pub fn server(server: &Server, checked: &mut Checked) -> bool {
+    let at = Some(field("spec.database.secretRef"));
+    if server.product != "PostgreSQL" || server.number < OLDEST {
+        let message = format!(
+            "the server is {} {}; a sweep needs PostgreSQL 13 or later: upgrade it, or name another one",
+            server.product, server.version
+        );
+        checked.find(Subject::Server, Blocking, Reason::ServerNotSupported, message, at);
+        return false;
+    }
+    if server.standby {
+        let message = "the server is a standby, which takes no writes: connect to the primary";
+        checked.find(Subject::Server, Blocking, Reason::NotPrimary, message, at);
+    } else {
+        checked.pass(Subject::Server, format!("PostgreSQL {}, a primary", server.version));
+    }
+    true
+}
+
+/// Judges all that the catalog tells.
+pub fn catalog(plan: &Plan, server: &Server, facts: &Catalog, checked: &mut Checked) {
+    let names = &plan.names;
+    let Some(schema) = &facts.schema else {
+        let message = format!("there is no schema {} in this database{}", quoted(&names.schema), elsewhere(facts));
+        checked.find(Subject::Table, Blocking, Reason::TableNotFound, message, field("spec.schema"));
+        return;
+    };
+    let (Some(table), Some(root)) = (&facts.table, facts.tree.first()) else {
+        let message = format!("there is no table {}{}", plan.table, elsewhere(facts));
+        checked.find(Subject::Table, Blocking, Reason::TableNotFound, message, field("spec.table"));
+        return;
+    };
+    if !matches!(root.kind.as_str(), "r" | "p") {
+        let message = format!("{} is {}, not a table or a partitioned table", plan.table, kind(root));
+        checked.find(Subject::Table, Blocking, Reason::SchemaMismatch, message, field("spec.table"));
+        return;
+    }
+    let judge = Judge { plan, names, server, schema, table, root, facts };
+    judge.table(checked);
+    judge.columns(checked);
+    judge.key(checked);
+    judge.complete(checked);
+    judge.index(checked);
+    judge.rights(checked);
+    judge.row_security(checked);
+    judge.constraints(checked);
+    judge.triggers(checked);
+}
+
+/// Judges the plan of a batch.
+pub fn statement(steps: &[String], checked: &mut Checked) {
+    let whole = steps.iter().any(|step| step.contains("Seq Scan"));
+    if whole && checked.is_clean(Subject::Index) {
+        let message = "the server would read the whole table for each batch although the index is there. An index made \
+                       while old transactions were running serves once they have ended: check again then";
+        checked.find(Subject::Statement, NotReady, Reason::IndexMissing, message, None);
+    } else if !whole {
+        checked.pass(Subject::Statement, "planned without reading the whole table");
+    }
+}
+
+/// Judges the server's refusal to plan a batch.
+pub fn refused_statement(error: &Error, checked: &mut Checked) {
+    // Of all that the catalog does not tell, what is left is a value that does not fit its column.
+    let fix = (error.reason() == Reason::SchemaMismatch).then(|| field("spec.complete"));
+    let message = format!("the server refuses the statement of a sweep: {error}");
+    checked.find(Subject::Statement, Blocking, error.reason(), message, fix);
+}
+
+struct Judge<'a> {
+    plan: &'a Plan,
+    names: &'a Names,
+    server: &'a Server,
+    schema: &'a Schema,
+    table: &'a Table,
+    root: &'a Node,
+    facts: &'a Catalog,
+}
+
+impl Judge<'_> {
+    fn column(&self, name: &str) -> Option<&Column> {
+        self.table.columns.iter().find(|column| column.name == name)
+    }
+
+    /// Statements for the table's owner.
+    fn by_owner(&self, statements: impl IntoIterator<Item = String>) -> Fix {
+        sql(&self.table.owner, statements)
+    }
+
+    fn table(&self, checked: &mut Checked) {
+        let table = &self.plan.table;
+        let mut find = |message: String, action: String| {
+            let fix = self.by_owner([action]);
+            checked.find(Subject::Table, Blocking, Reason::SchemaMismatch, message, fix);
+        };
+        for node in self.facts.tree.iter().skip(1) {
+            let (name, parent) = (qualified(&node.schema, &node.name), self.name_of(node.parent));
+            if self.root.kind == "r" && node.parent == Some(self.root.oid) {
+                let message = format!(
+                    "{name} inherits from the table (INHERITS): no key is unique across both, so a sweep could meet the \
+                     wrong row. Once it inherits no more, queries on {table} leave its rows out, and it needs an \
+                     AuditLogSweeper of its own"
+                );
+                find(message, mend::alter(&name, &format!("NO INHERIT {table}")));
+            } else if node.kind == "f" {
+                let message = format!(
+                    "{name} is a partition on another server, whose rows cannot be locked for a sweep. Once detached, \
+                     queries on {table} leave its rows out"
+                );
+                find(message, mend::alter(&parent, &format!("DETACH PARTITION {name}")));
+            }
+        }
+        for rule in &self.table.rules {
+            let rule = quoted(rule);
+            let message =
+                format!("the rule {rule} rewrites every UPDATE of the table: what a sweep would do is not to be told");
+            find(message, mend::alter(table, &format!("DISABLE RULE {rule}")));
+        }
+        if checked.is_clean(Subject::Table) {
+            let partitions = self.facts.tree.iter().filter(|node| node.kind == "r" && node.parent.is_some()).count();
+            let partitions = if self.root.kind == "p" { format!(", {partitions} partitions") } else { String::new() };
+            checked.pass(Subject::Table, format!("{table}, owned by {}{partitions}", self.table.owner));
+        }
+    }
+
+    fn name_of(&self, oid: Option<i64>) -> String {
+        let node = self.facts.tree.iter().find(|node| Some(node.oid) == oid);
+        node.map_or_else(|| self.plan.table.clone(), |node| qualified(&node.schema, &node.name))
+    }
+
+    fn columns(&self, checked: &mut Checked) {
+        let Names { id, time_started, time_completed, .. } = self.names;
+        for (name, path) in [(id, "id"), (time_started, "timeStarted"), (time_completed, "timeCompleted")] {
+            let path = format!("spec.columns.{path}");
+            match self.column(name) {
+                None => {
+                    let message = format!("the table has no column {}; {}", quoted(name), self.listed());
+                    checked.find(Subject::Columns, Blocking, Reason::ColumnNotFound, message, field(path));
+                }
+                Some(column) if name == id => self.key_type(column, &path, checked),
+                Some(column) => self.time_type(column, &path, checked),
+            }
+        }
+        if let Some(column) = self.column(time_completed) {
+            self.settable(column, "spec.columns.timeCompleted", Subject::Columns, checked);
+        }
+        if checked.is_clean(Subject::Columns) {
+            checked.pass(Subject::Columns, mend::names([id.as_str(), time_started, time_completed]));
+        }
+    }
+
+    fn key_type(&self, column: &Column, path: &str, checked: &mut Checked) {
+        if column.type_schema == "pg_catalog" && KEY_TYPES.contains(&column.type_name.as_str()) {
+            return;
+        }
+        let message = format!(
+            "the key {} is of type {}; it must be uuid, bigint or text{}",
+            quoted(&column.name),
+            column.type_name,
+            retyping(column)
+        );
+        let fix = self.retyped(column, path, "text", "::text");
+        checked.find(Subject::Columns, Blocking, Reason::SchemaMismatch, message, fix);
+    }
+
+    fn time_type(&self, column: &Column, path: &str, checked: &mut Checked) {
+        let name = quoted(&column.name);
+        if column.type_schema != "pg_catalog" || column.type_name != "timestamptz" {
+            let message = format!(
+                "{name} is of type {}; it must be timestamptz{}, and the SQL takes its times for UTC",
+                column.type_name,
+                retyping(column)
+            );
+            // Whatever it holds is read as a time without a zone.
+            let fix = self.retyped(column, path, "timestamptz", "::timestamp AT TIME ZONE 'UTC'");
+            checked.find(Subject::Columns, Blocking, Reason::SchemaMismatch, message, fix);
+        } else if (0..DIGITS).contains(&column.typmod) {
+            let (digits, fix) = (column.typmod, self.retyped(column, path, "timestamptz", ""));
+            if column.name == self.names.time_completed {
+                let message = format!(
+                    "{name} is timestamptz({digits}), too coarse: a completion time rounded down lies in a window that \
+                     readers may have left behind, and they would miss the row. It takes {DIGITS} digits or more{}",
+                    retyping(column)
+                );
+                checked.find(Subject::Columns, NotReady, Reason::SchemaMismatch, message, fix);
+            } else {
+                let message = format!(
+                    "{name} is timestamptz({digits}): a row counts as up to {} s older than it is{}",
+                    ["0.5", "0.05", "0.005"].get(usize::try_from(digits).unwrap_or_default()).unwrap_or(&"0.5"),
+                    retyping(column)
+                );
+                checked.find(Subject::Columns, Warning, Reason::SchemaMismatch, message, fix);
+            }
+        }
+    }
+
+    /// PostgreSQL alters no column of a partition key.
+    fn retyped(&self, column: &Column, path: &str, type_: &str, using: &str) -> Fix {
+        if column.partition_key {
+            return field(path);
+        }
+        self.by_owner([mend::retype(&self.plan.table, &column.name, type_, using)])
+    }
+
+    /// A column that every UPDATE of a sweep sets.
+    fn settable(&self, column: &Column, path: &str, subject: Subject, checked: &mut Checked) {
+        let why = match column {
+            Column { generated: true, .. } => "is generated by the database, which lets nobody set it",
+            Column { partition_key: true, .. } => {
+                "is part of the partition key: a row would move to another partition while others look for it"
+            }
+            _ => return,
+        };
+        let message = format!("{} {why}", quoted(&column.name));
+        checked.find(subject, Blocking, Reason::SchemaMismatch, message, field(path));
+    }
+
+    fn key(&self, checked: &mut Checked) {
+        let (id, started) = (self.names.id.as_str(), self.names.time_started.as_str());
+        let columns: Vec<&Column> = [id, started].into_iter().filter_map(|name| self.column(name)).collect();
+        if columns.len() < 2 {
+            return;
+        }
+        for column in columns.iter().filter(|column| !column.not_null) {
+            let message = format!(
+                "{} may be NULL: such a row is never completed. The SQL fails at VALIDATE while there is one",
+                quoted(&column.name)
+            );
+            let fix = self.by_owner(mend::set_not_null(&self.plan.table, &column.name));
+            checked.find(Subject::Key, NotReady, Reason::SchemaMismatch, message, fix);
+        }
+        let wanted = Wanted { unique: true, columns: [id, started], where_null: None, suffix: "_sweep_key" };
+        if wanted.is_there(self.facts) {
+            if checked.is_clean(Subject::Key) {
+                checked.pass(Subject::Key, format!("unique by {}, NOT NULL", mend::names([id, started])));
+            }
+            return;
+        }
+        // A unique index of a partitioned table holds the whole partition key.
+        let outside = self.table.columns.iter().find(|c| c.partition_key && c.name != id && c.name != started);
+        let (why, fix) = match outside {
+            Some(column) => (
+                format!(
+                    "; none is possible while the table is partitioned by {}, but on each partition, with an \
+                     AuditLogSweeper of its own",
+                    quoted(&column.name)
+                ),
+                field("spec.table"),
+            ),
+            None => (String::new(), self.by_owner(wanted.statements(self.facts))),
+        };
+        let obstacle = wanted.obstacle(self.facts).map(|why| format!(" ({why})")).unwrap_or_default();
+        let message = format!(
+            "no valid unique index on {} or part of it{obstacle}: one key could mean several rows, and finding a row by \
+             its key would read the whole table{why}",
+            mend::names([id, started])
+        );
+        checked.find(Subject::Key, Blocking, Reason::SchemaMismatch, message, fix);
+    }
+
+    fn complete(&self, checked: &mut Checked) {
+        for (position, (name, value)) in self.names.complete.iter().enumerate() {
+            let path = |part: &str| format!("spec.complete[{position}].{part}");
+            let Some(column) = self.column(name) else {
+                let similar = self.table.columns.iter().find(|column| column.name.eq_ignore_ascii_case(name));
+                let fix = match similar {
+                    Some(_) => field(path("column")),
+                    None => {
+                        let action = format!("ADD COLUMN {} text", quoted(name));
+                        self.by_owner([mend::alter(&self.plan.table, &action)])
+                    }
+                };
+                let message =
+                    format!("the table has no column {} (spec.complete[{position}]); {}", quoted(name), self.listed());
+                checked.find(Subject::Complete, Blocking, Reason::ColumnNotFound, message, fix);
+                continue;
+            };
+            self.settable(column, &path("column"), Subject::Complete, checked);
+            match (value, &column.labels) {
+                (None, _) if column.not_null => {
+                    let message =
+                        format!("{} is NOT NULL, and spec.complete[{position}] sets it to NULL", quoted(name));
+                    checked.find(Subject::Complete, Blocking, Reason::SchemaMismatch, message, field(path("setNull")));
+                }
+                (Some(value), Some(labels)) if !labels.contains(value) => {
+                    let known = labels.iter().map(|label| quoted(label)).collect::<Vec<_>>().join(", ");
+                    let message = format!(
+                        "{} takes no value {}, only {known}: add it, or set another one by {}",
+                        quoted(name),
+                        quoted(value),
+                        path("value")
+                    );
+                    let add = mend::add_label(&column.type_schema, &column.type_name, value);
+                    let fix = sql(&column.type_owner, [add]);
+                    checked.find(Subject::Complete, Blocking, Reason::SchemaMismatch, message, fix);
+                }
+                _ => {}
+            }
+        }
+        if checked.is_clean(Subject::Complete) {
+            let set = self.names.complete.iter().map(|(name, _)| name.as_str());
+            let set =
+                if self.names.complete.is_empty() { "the completion time alone".into() } else { mend::names(set) };
+            checked.pass(Subject::Complete, set);
+        }
+    }
+
+    fn index(&self, checked: &mut Checked) {
+        let Names { id, time_started, time_completed, .. } = self.names;
+        if [id, time_started, time_completed].iter().any(|name| self.column(name).is_none()) {
+            return;
+        }
+        let wanted = Wanted {
+            unique: false,
+            columns: [time_started, id],
+            where_null: Some(time_completed),
+            suffix: "_incomplete_by_time_started",
+        };
+        let what = format!("({}) WHERE {} IS NULL", mend::names(wanted.columns), quoted(time_completed));
+        if wanted.is_there(self.facts) {
+            checked.pass(Subject::Index, what);
+            return;
+        }
+        let fix = self.by_owner(wanted.statements(self.facts));
+        if self.root.kind == "p" && wanted.is_on_every_partition(self.facts) {
+            let message = format!("every partition has an index on {what}, but new ones will come without it");
+            checked.find(Subject::Index, Warning, Reason::IndexMissing, message, fix);
+            return;
+        }
+        let obstacle = wanted.obstacle(self.facts).map(|why| format!(" ({why})")).unwrap_or_default();
+        let message = format!("no valid index on {what}{obstacle}: each batch reads more and more of the table");
+        checked.find(Subject::Index, NotReady, Reason::IndexMissing, message, fix);
+    }
+
+    fn rights(&self, checked: &mut Checked) {
+        let user = quoted(&self.server.user);
+        if !self.schema.usage {
+            let schema = quoted(&self.names.schema);
+            let message = format!("{user} may not use the schema {schema}");
+            let fix = sql(&self.schema.owner, [format!("GRANT USAGE ON SCHEMA {schema} TO {user}")]);
+            checked.find(Subject::Rights, Blocking, Reason::PermissionDenied, message, fix);
+        }
+        let Names { id, time_started, time_completed, complete, .. } = self.names;
+        let missing = |names: &[&str], has: fn(&Column) -> bool| {
+            let columns = names.iter().filter_map(|name| self.column(name));
+            mend::names(columns.filter(|column| !has(column)).map(|column| column.name.as_str()))
+        };
+        let read = missing(&[id, time_started, time_completed], |column| column.select);
+        let mut set = vec![time_completed.as_str()];
+        set.extend(complete.iter().map(|(name, _)| name.as_str()));
+        let set = missing(&set, |column| column.update);
+        let rights: Vec<String> = [("SELECT", read), ("UPDATE", set)]
+            .into_iter()
+            .filter(|(_, columns)| !columns.is_empty())
+            .map(|(right, columns)| format!("{right} ({columns})"))
+            .collect();
+        if !rights.is_empty() {
+            let (rights, table) = (rights.join(", "), &self.plan.table);
+            let message = format!("{user} lacks {rights} on {table}");
+            let fix = self.by_owner([format!("GRANT {rights} ON {table} TO {user}")]);
+            checked.find(Subject::Rights, Blocking, Reason::PermissionDenied, message, fix);
+        }
+        if checked.is_clean(Subject::Rights) {
+            checked.pass(Subject::Rights, format!("{user} may read the key and set what a sweep sets"));
+        }
+    }
+
+    fn row_security(&self, checked: &mut Checked) {
+        let table = self.table;
+        if !table.row_security {
+            checked.pass(Subject::RowSecurity, "off for this table");
+        } else if self.server.bypass || table.owned && !table.force_row_security {
+            checked.pass(Subject::RowSecurity, "does not apply to this role");
+        } else {
+            let user = quoted(&self.server.user);
+            let (forced, fix) = if table.owned {
+                let action = mend::alter(&self.plan.table, "NO FORCE ROW LEVEL SECURITY");
+                (", also to its owner (FORCE)", self.by_owner([action]))
+            } else {
+                let statements = vec![format!("ALTER ROLE {user} BYPASSRLS")];
+                ("", Fix::Sql { statements, run_as: RunAs::Superuser })
+            };
+            let message = format!(
+                "row security applies to {user}{forced}. Policies can hide stale rows without a word, so a sweep asks \
+                 the server to refuse instead; none can be written that it accepts"
+            );
+            checked.find(Subject::RowSecurity, Blocking, Reason::RowSecurity, message, fix);
+        }
+    }
+
+    fn constraints(&self, checked: &mut Checked) {
+        for constraint in &self.table.unvalidated {
+            let (table, name) = (qualified(&constraint.schema, &constraint.table), quoted(&constraint.name));
+            let message = format!(
+                "{name} on {table} is NOT VALID: old rows may break it, and it then refuses to complete them. The SQL \
+                 fails while there are any"
+            );
+            let fix = self.by_owner([mend::alter(&table, &format!("VALIDATE CONSTRAINT {name}"))]);
+            checked.find(Subject::Constraints, Warning, Reason::RowRefused, message, fix);
+        }
+        if checked.is_clean(Subject::Constraints) {
+            checked.pass(Subject::Constraints, "every CHECK is valid for the rows that are there");
+        }
+    }
+
+    fn triggers(&self, checked: &mut Checked) {
+        let set = |name: &String| {
+            *name == self.names.time_completed || self.names.complete.iter().any(|(column, _)| column == name)
+        };
+        let fires = self.table.triggers.iter().filter(|t| t.columns.is_empty() || t.columns.iter().any(set));
+        let (before, others): (Vec<_>, Vec<_>) = fires.partition(|trigger| trigger.before && trigger.for_each_row);
+        for trigger in before {
+            let message = format!(
+                "the trigger {} runs {} before each row is updated: it may change, refuse or suppress what a sweep does. \
+                 Neither that nor the rights and the row security where it writes were looked at",
+                quoted(&trigger.name),
+                quoted(&trigger.function)
+            );
+            // Whether anything is to be mended, only its function tells.
+            checked.find(Subject::Triggers, Warning, Reason::RowRefused, message, None);
+        }
+        if checked.is_clean(Subject::Triggers) {
+            let seen = if others.is_empty() {
+                "none has a say in an update".to_owned()
+            } else {
+                let names = mend::names(others.iter().map(|trigger| trigger.name.as_str()));
+                format!("{names}; what they write to, and the rights and row security there, were not looked at")
+            };
+            checked.pass(Subject::Triggers, seen);
+        }
+    }
+
+    fn listed(&self) -> String {
+        let mut listed = mend::names(self.table.columns.iter().take(LISTED).map(|column| column.name.as_str()));
+        if self.table.columns.len() > LISTED {
+            listed.push_str(", ...");
+        }
+        format!("it has {listed}")
+    }
+}
+
+fn quoted(name: &str) -> String {
+    mend::names([name])
+}
+
+/// Where else a table of that name is.
+fn elsewhere(facts: &Catalog) -> String {
+    match facts.similar.as_slice() {
+        [] => "; is it the right database?".into(),
+        similar => {
+            let names: Vec<String> = similar.iter().take(5).map(|(schema, name)| qualified(schema, name)).collect();
+            format!("; there is {}", names.join(", "))
+        }
+    }
+}
+
+fn kind(node: &Node) -> &'static str {
+    match node.kind.as_str() {
+        "v" => "a view",
+        "m" => "a materialized view",
+        "f" => "a foreign table",
+        "S" => "a sequence",
+        "i" | "I" => "an index",
+        _ => "something else",
+    }
+}
+
+/// What changing the type of a column entails.
+fn retyping(column: &Column) -> String {
+    if column.partition_key {
+        return " (it is part of the partition key, so its type cannot be changed)".into();
+    }
+    match column.views.as_slice() {
+        [] => " (the SQL locks the table, and may rewrite it)".into(),
+        views => format!(
+            " (the SQL locks the table, and may rewrite it; before it, drop the views {}, and create them again after)",
+            mend::names(views.iter().map(String::as_str))
+        ),
+    }
+}

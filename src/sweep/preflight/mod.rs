@@ -1,0 +1,101 @@
+//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `index`) and says what mends
+//! what it found (`finding`, `mend`).
+
+mod catalog;
+mod finding;
+mod index;
+mod judge;
+mod mend;
+
+use std::time::Duration;
+
+pub use finding::{Checked, Finding, Fix, RunAs, Severity, Subject};
+use serde::de::DeserializeOwned;
+use tokio_postgres::SimpleQueryMessage;
+
+use super::connection::Session;
+use super::error::{Class, Step};
+use super::{Error, Plan, Target, statement};
+use crate::api::Reason;
+
+/// Reaching the database and planning a statement takes far less than this.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connects and has the server plan the very statement of a batch, which checks names, types and rights. Changes
+/// nothing and locks no row.
+///
+/// # Errors
+/// Those that a sweep would have at the same place.
+pub async fn preflight(plan: &Plan, target: &Target) -> Result<(), Error> {
+    let session = target.connect().await?;
+    explain(&session, plan).await?;
+    session.close().await;
+    Ok(())
+}
+
+/// Connects and looks at everything that a sweep rests on. Changes nothing and locks no row.
+///
+/// # Errors
+/// When the database cannot be reached or stops answering: what is wrong with the table is no error but a finding.
+pub async fn check(plan: &Plan, target: &Target) -> Result<Checked, Error> {
+    let session = target.connect().await?;
+    let checked = look(&session, plan).await;
+    if checked.is_err() {
+        session.rollback().await;
+    }
+    session.close().await;
+    checked
+}
+
+async fn look(session: &Session, plan: &Plan) -> Result<Checked, Error> {
+    let mut checked = Checked::default();
+    let server: catalog::Server = ask(session, catalog::server()).await?;
+    checked.server_version = Some(server.version.clone());
+    if !judge::server(&server, &mut checked) {
+        return Ok(checked);
+    }
+    let facts: catalog::Catalog = ask(session, &catalog::catalog(plan, timeout(plan))).await?;
+    judge::catalog(plan, &server, &facts, &mut checked);
+    // Where more is wrong, the server would only say one of these things again.
+    if checked.blocking().is_some() {
+        return Ok(checked);
+    }
+    match steps(session, plan).await {
+        Ok(steps) => judge::statement(&steps, &mut checked),
+        Err(error) if error.class() == Class::Transient && error.reason() != Reason::DatabaseError => {
+            return Err(error);
+        }
+        Err(error) => judge::refused_statement(&error, &mut checked),
+    }
+    Ok(checked)
+}
+
+/// A statement of the preflight takes no longer than one of the sweep.
+fn timeout(plan: &Plan) -> Duration {
+    plan.statement_timeout.min(TIMEOUT)
+}
+
+/// Asks a question that is answered by one JSON document.
+async fn ask<T: DeserializeOwned>(session: &Session, sql: &str) -> Result<T, Error> {
+    let answer = session.query(Step::Preflight, sql, TIMEOUT).await?;
+    let document = statement::last_row(&answer).and_then(|row| statement::text(row, 0));
+    document.and_then(|json| serde_json::from_str(json).ok()).ok_or(Error::Answer("the question about the catalog"))
+}
+
+/// Has the server plan the statement of a batch.
+pub(super) async fn explain(session: &Session, plan: &Plan) -> Result<(), Error> {
+    steps(session, plan).await.map(drop)
+}
+
+/// The server's plan for the statement of a batch, a line each.
+async fn steps(session: &Session, plan: &Plan) -> Result<Vec<String>, Error> {
+    let explained = session.query(Step::Preflight, &statement::explain(plan, timeout(plan)), TIMEOUT).await;
+    if explained.is_err() {
+        session.rollback().await;
+    }
+    let lines = |message: &SimpleQueryMessage| match message {
+        SimpleQueryMessage::Row(row) => statement::text(row, 0).map(str::to_owned),
+        _ => None,
+    };
+    explained.map(|answer| answer.iter().filter_map(lines).collect())
+}

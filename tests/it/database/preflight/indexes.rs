@@ -1,0 +1,207 @@
+//! Faults of the index that a sweep reads, and of the key, on a table and on partitions.
+
+use audit_log_sweeper::api::Reason::{IndexMissing, SchemaMismatch};
+use audit_log_sweeper::sweep::preflight::Severity::{Blocking, NotReady, Warning};
+use audit_log_sweeper::sweep::preflight::Subject::{Index, Key};
+use serde_json::json;
+
+use super::{INDEX, PARTITIONED, Stage, TABLE, all_found_and_mended, fault};
+
+#[tokio::test]
+async fn an_index_that_is_missing_or_does_not_serve() {
+    let missing = (Index, NotReady, IndexMissing);
+    let replaced = |by: &str| {
+        // By the name that the new one would have.
+        format!("DROP INDEX sweep_index; CREATE INDEX audit_log_incomplete_by_time_started ON audit_log {by}")
+    };
+    all_found_and_mended([
+        fault(&["DROP INDEX sweep_index"], missing, "no valid index on (\"time_started\", \"id\") WHERE"),
+        fault(&[&replaced("(time_started, id)")], missing, "also holds every complete row"),
+        fault(&[&replaced("(time_started, id) WHERE note IS NULL")], missing, "its WHERE is another"),
+        fault(
+            &[&replaced("(time_started, id) WHERE time_completed IS NULL AND note IS NULL")],
+            missing,
+            "its WHERE is another",
+        ),
+        fault(&[&replaced("(time_started) WHERE time_completed IS NULL")], missing, "do not begin with these two"),
+        fault(&[&replaced("(time_started, note, id) WHERE time_completed IS NULL")], missing, "do not begin with"),
+        fault(&[&replaced("(id, time_started) WHERE time_completed IS NULL")], missing, "no valid index"),
+        fault(&[&replaced("(time_started, id DESC) WHERE time_completed IS NULL")], missing, "sorted another way"),
+        fault(
+            &[&replaced("(time_started NULLS FIRST, id) WHERE time_completed IS NULL")],
+            missing,
+            "sorted another way",
+        ),
+        fault(
+            &[&replaced("USING brin (time_started, id) WHERE time_completed IS NULL")],
+            missing,
+            "sorted another way",
+        ),
+    ])
+    .await;
+    let text = |by: &str| {
+        let mut fault = fault(&[&replaced(by)], missing, "sorted another way");
+        fault.table = format!("{}; {INDEX}", TABLE.replace("id uuid", "id text"));
+        fault
+    };
+    all_found_and_mended([
+        text("(time_started, id COLLATE \"POSIX\") WHERE time_completed IS NULL"),
+        text("(time_started, id text_pattern_ops) WHERE time_completed IS NULL"),
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn an_index_that_serves_in_another_form() {
+    for by in ["(time_started DESC, id DESC)", "(time_started, id, note)", "(time_started, id) INCLUDE (note)"] {
+        let stage = Stage::new(&format!("{TABLE}; CREATE INDEX ON audit_log {by} WHERE time_completed IS NULL")).await;
+        let checked = stage.check(&json!({})).await;
+        assert!(checked.findings.is_empty(), "{by}: {checked:#?}");
+        stage.sweeps(&super::id(1), &json!({})).await.unwrap();
+    }
+}
+
+/// CONCURRENTLY, interrupted while it waits for a transaction that writes.
+async fn interrupted(stage: &Stage, create: &str, table: &str) {
+    let mut other = stage.log.database.client().await.unwrap();
+    let transaction = other.transaction().await.unwrap();
+    transaction.batch_execute(&format!("LOCK TABLE {table} IN ROW EXCLUSIVE MODE")).await.unwrap();
+    stage.log.run("SET statement_timeout = '300ms'").await;
+    stage.log.client.batch_execute(create).await.unwrap_err();
+    stage.log.run("RESET statement_timeout").await;
+    transaction.rollback().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_index_whose_creation_was_interrupted_is_dropped_first() {
+    let stage = Stage::new(TABLE).await;
+    let create = "CREATE INDEX CONCURRENTLY audit_log_incomplete_by_time_started ON audit_log (time_started, id) \
+                  WHERE time_completed IS NULL";
+    interrupted(&stage, create, "audit_log").await;
+    let checked = stage.check(&json!({})).await;
+    let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
+    assert_eq!((found.subject, found.severity, found.reason), (Index, NotReady, IndexMissing));
+    assert!(found.message.contains("\"audit_log_incomplete_by_time_started\" is not valid"), "{}", found.message);
+    stage.sweeps(&super::id(1), &json!({})).await.unwrap();
+    stage.mend(found.fix.as_ref().unwrap()).await;
+    assert!(stage.check(&json!({})).await.findings.is_empty());
+    let indexes = "SELECT indexrelid::regclass, indisvalid FROM pg_index WHERE indrelid = 'audit_log'::regclass ORDER BY indexrelid::regclass::text";
+    assert_eq!(
+        stage.log.query(indexes).await,
+        ["audit_log_incomplete_by_time_started|t", "audit_log_pkey|t"],
+        "the broken one is left"
+    );
+}
+
+#[tokio::test]
+async fn partitions_without_the_index() {
+    let missing = (Index, NotReady, IndexMissing);
+    let both = format!("{PARTITIONED}; {INDEX}");
+    let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE time_completed IS NULL";
+    let on =
+        |table: &str| format!("CREATE INDEX {table}_mine ON {table} (time_started, id) WHERE time_completed IS NULL");
+    let attach = |to: &str, part: &str| format!("ALTER INDEX {to} ATTACH PARTITION {part}_mine");
+    all_found_and_mended([
+        fault(&["DROP INDEX sweep_index"], missing, "no valid index").on(&both),
+        // The parent's own, and no more.
+        fault(&["DROP INDEX sweep_index", only], missing, "no valid index").on(&both),
+        // Some partitions have one; one is attached.
+        fault(
+            &["DROP INDEX sweep_index", only, &on("p1"), &on("p2a"), &attach("sweep_index", "p1")],
+            missing,
+            "no valid index",
+        )
+        .on(&both),
+        // All but one within the one that is partitioned itself.
+        fault(
+            &[
+                "DROP INDEX sweep_index",
+                only,
+                &on("p1"),
+                "CREATE INDEX p2_mine ON ONLY p2 (time_started, id) WHERE time_completed IS NULL",
+                &on("p2b"),
+                &attach("sweep_index", "p1"),
+                &attach("sweep_index", "p2"),
+                &attach("p2_mine", "p2b"),
+            ],
+            missing,
+            "no valid index",
+        )
+        .on(&both),
+        // Every partition has one, of its own.
+        fault(
+            &["DROP INDEX sweep_index", &on("p1"), &on("p2a"), &on("p2b")],
+            (Index, Warning, IndexMissing),
+            "new ones will come without it",
+        )
+        .on(&both),
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn a_broken_index_of_a_partition_alone_and_as_part_of_the_whole() {
+    let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE time_completed IS NULL";
+    for attached in [false, true] {
+        let stage = Stage::new(&format!("{PARTITIONED}; {only}")).await;
+        let create = "CREATE INDEX CONCURRENTLY p1_incomplete_by_time_started ON p1 (time_started, id) WHERE time_completed IS NULL";
+        interrupted(&stage, create, "p1").await;
+        if attached {
+            stage.log.run("ALTER INDEX sweep_index ATTACH PARTITION p1_incomplete_by_time_started").await;
+        }
+        let checked = stage.check(&json!({})).await;
+        let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
+        assert!(found.message.contains("\"p1_incomplete_by_time_started\" is not valid"), "{}", found.message);
+        stage.mend(found.fix.as_ref().unwrap()).await;
+        let mended = stage.check(&json!({})).await;
+        assert!(mended.findings.is_empty(), "{attached}: {found:#?} {mended:#?}");
+        let broken = stage.log.query("SELECT indexrelid::regclass FROM pg_index WHERE NOT indisvalid").await;
+        assert!(broken.is_empty(), "{broken:?}");
+        stage.sweeps(&super::id(1), &json!({})).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_is_not_unique() {
+    let expected = (Key, Blocking, SchemaMismatch);
+    let drop = "ALTER TABLE audit_log DROP CONSTRAINT audit_log_pkey";
+    all_found_and_mended([
+        fault(&[drop], expected, "no valid unique index on \"id\", \"time_started\" or part of it"),
+        fault(&[drop, "CREATE INDEX ON audit_log (id)"], expected, "no valid unique index"),
+        fault(&[drop, "CREATE UNIQUE INDEX ON audit_log (id, note)"], expected, "no valid unique index"),
+        fault(&[drop, "CREATE UNIQUE INDEX ON audit_log (id) WHERE note IS NULL"], expected, "no valid unique index"),
+        fault(&[drop, "CREATE UNIQUE INDEX ON audit_log ((id::text))"], expected, "no valid unique index"),
+        fault(&[drop], expected, "no valid unique index").on(&format!("{PARTITIONED}; {INDEX}")),
+    ])
+    .await;
+    // Its own creation met a key twice.
+    let stage = Stage::new(&format!("{TABLE}; {INDEX}; {drop}")).await;
+    let row = format!("INSERT INTO audit_log VALUES ('{}', '2020-01-01', '2020-01-01', 'success')", super::id(9));
+    stage.log.run(&format!("{row}; {row}")).await;
+    let create = "CREATE UNIQUE INDEX CONCURRENTLY audit_log_sweep_key ON audit_log (id, time_started)";
+    stage.log.client.batch_execute(create).await.unwrap_err();
+    stage.log.run("DELETE FROM audit_log").await;
+    let checked = stage.check(&json!({})).await;
+    let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
+    assert!(found.message.contains("\"audit_log_sweep_key\" is not valid"), "{}", found.message);
+    stage.mend(found.fix.as_ref().unwrap()).await;
+    assert!(stage.check(&json!({})).await.findings.is_empty());
+    stage.sweeps(&super::id(1), &json!({})).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_key_that_may_be_null() {
+    let expected = (Key, NotReady, SchemaMismatch);
+    let unique = format!("{TABLE}; {INDEX}").replace("PRIMARY KEY", "UNIQUE NOT NULL");
+    all_found_and_mended([
+        fault(&["ALTER TABLE audit_log ALTER id DROP NOT NULL"], expected, "\"id\" may be NULL").on(&unique),
+        fault(&["ALTER TABLE audit_log ALTER time_started DROP NOT NULL"], expected, "\"time_started\" may be NULL"),
+    ])
+    .await;
+    let stage = Stage::new(&unique).await;
+    if stage.log.query("SELECT current_setting('server_version_num')::int >= 180000").await == ["t"] {
+        let not_valid = "ALTER TABLE audit_log ADD CONSTRAINT n NOT NULL id NOT VALID";
+        let from = unique.replace("UNIQUE NOT NULL", "UNIQUE") + "; " + not_valid;
+        all_found_and_mended([fault(&[], expected, "\"id\" may be NULL").on(&from)]).await;
+    }
+}
