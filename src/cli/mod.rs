@@ -1,5 +1,7 @@
-//! The command line: `run` the operator, `sweep` once without a cluster, print the `crd`. Reads the environment.
+//! The command line: `run` the operator, `sweep` once or `check` without a cluster, print the `crd`. Reads the
+//! environment.
 
+mod check;
 mod input;
 mod run;
 mod sweep;
@@ -29,6 +31,8 @@ enum Command {
     Run(run::Run),
     /// Sweep once, without a cluster, what the AuditLogSweeper in a file says
     Sweep(sweep::Sweep),
+    /// Look whether a sweep could run, and print the SQL that mends what is in its way; change nothing
+    Check(check::Check),
     /// Print the CustomResourceDefinition as YAML
     Crd,
 }
@@ -41,7 +45,8 @@ pub enum Output {
 }
 
 impl Cli {
-    /// Runs the command. Exits with 0 when it did what it should, 1 when it failed, 2 when its input is bad.
+    /// Runs the command. Exits with 0 when it did what it should, 1 when it failed or found something not ready, 2 when
+    /// its input is bad.
     pub fn main(self) -> ExitCode {
         let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
             Ok(runtime) => runtime,
@@ -50,6 +55,7 @@ impl Cli {
         let code = match self.command {
             Command::Run(args) => runtime.block_on(run::run(args)),
             Command::Sweep(args) => runtime.block_on(sweep::sweep(args)),
+            Command::Check(args) => runtime.block_on(check::check(args)),
             Command::Crd => print_crd(),
         };
         // A name that is being looked up must not hold the exit up.

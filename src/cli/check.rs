@@ -1,0 +1,101 @@
+//! `audit-log-sweeper check`: looks whether a sweep could run, and prints what mends what it finds.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::input::{self, Input, Source};
+use super::{Output, complain, print};
+use crate::sweep::preflight::{self, Checked, Finding, Fix, Severity, Subject};
+use crate::telemetry::{LogFormat, LogLevel, start_logs};
+
+#[derive(Debug, Args)]
+pub struct Check {
+    #[command(flatten)]
+    source: Source,
+    /// How the result is printed
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
+    /// The least severe log lines that are written
+    #[arg(long, value_enum, default_value = "warn")]
+    log_level: LogLevel,
+}
+
+/// Checks once. Changes nothing.
+pub async fn check(args: Check) -> ExitCode {
+    start_logs(LogFormat::Text, args.log_level);
+    let Input { plan, target } = match input::read(&args.source) {
+        Ok(input) => input,
+        Err(error) => return complain(&error, 2),
+    };
+    // What keeps us from looking is a finding like any other.
+    let checked = preflight::check(&plan, &target)
+        .await
+        .unwrap_or_else(|error| Checked { findings: vec![Finding::from(&error)], ..Checked::default() });
+    let written = match args.output {
+        Output::Json => print(&json_report(&checked)),
+        Output::Text => print(&text_report(&checked)),
+    };
+    if checked.ready() { written } else { ExitCode::from(1) }
+}
+
+fn json_report(checked: &Checked) -> String {
+    json!({
+        "ready": checked.ready(),
+        "server": checked.server_version.as_ref().map(|version| json!({ "version": version })),
+        "findings": checked.findings.iter().map(json_finding).collect::<Vec<_>>(),
+    })
+    .to_string()
+}
+
+fn json_finding(finding: &Finding) -> Value {
+    json!({
+        "severity": finding.severity.as_str(),
+        "blocksSweep": finding.severity == Severity::Blocking,
+        "reason": finding.reason.as_str(),
+        "message": finding.message,
+        "fix": finding.fix.as_ref().map(|fix| match fix {
+            Fix::Sql { statements, run_as } => json!({ "sql": statements, "runAs": run_as.to_string() }),
+            Fix::Field(field) => json!({ "field": field }),
+        }),
+    })
+}
+
+/// A line for each thing looked at; then what mends each finding. What follows these lines is SQL, ready to paste.
+fn text_report(checked: &Checked) -> String {
+    let mut lines = vec![];
+    for subject in [Subject::Connection].into_iter().chain(Subject::LOOKED_AT) {
+        let mut line = |state: &str, said: &str| lines.push(format!("{state:<9}{subject:<14}{}", one_line(said)));
+        let findings: Vec<_> = checked.findings.iter().filter(|finding| finding.subject == subject).collect();
+        let passed = checked.passed.iter().find(|(passed, _)| *passed == subject);
+        match passed {
+            Some((_, seen)) => line("ok", seen),
+            None if findings.is_empty() && subject != Subject::Connection => line("-", "not looked at"),
+            None => findings.iter().for_each(|finding| line(finding.severity.as_str(), &finding.message)),
+        }
+    }
+    let count = |severity: &str| match checked.findings.iter().filter(|f| f.severity.as_str() == severity).count() {
+        1 => format!("1 {severity}"),
+        count => format!("{count} {severity}s"),
+    };
+    let verdict = if checked.ready() { "ready" } else { "not ready" };
+    lines.push(format!("\n-- {verdict}: {}, {}", count("error"), count("warning")));
+    for finding in &checked.findings {
+        let head = format!("\n-- {} ({})", finding.reason.as_str(), finding.subject);
+        match &finding.fix {
+            Some(Fix::Sql { statements, run_as }) => {
+                lines.push(format!("{head}: as {}", one_line(&run_as.to_string())));
+                lines.extend(statements.iter().map(|statement| format!("{statement};")));
+            }
+            Some(Fix::Field(field)) => lines.push(format!("{head}: change {field}")),
+            None => {}
+        }
+    }
+    lines.join("\n")
+}
+
+/// Names may hold anything: none of them ends a comment.
+fn one_line(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
