@@ -502,3 +502,45 @@ fn retyping(column: &Column) -> String {
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judged(product: &str, version: &str, number: i64) -> (bool, Checked) {
+        let server = Server {
+            product: product.into(),
+            version: version.into(),
+            number,
+            standby: false,
+            user: "u".into(),
+            bypass: false,
+        };
+        let mut checked = Checked::default();
+        (super::server(&server, &mut checked), checked)
+    }
+
+    #[test]
+    fn a_server_too_old_or_of_another_kind_is_asked_no_more() {
+        for (product, version, number) in [("PostgreSQL", "12.22", 120_022), ("CockroachDB", "13.0.0", 130_000)] {
+            let (on, checked) = judged(product, version, number);
+            assert!(!on && !checked.ready() && checked.blocking().is_some(), "{checked:?}");
+            assert_eq!(checked.findings[0].reason, Reason::ServerNotSupported);
+            assert!(checked.findings[0].message.contains(&format!("the server is {product} {version}")), "{checked:?}");
+        }
+        let (on, checked) = judged("PostgreSQL", "13.0", 130_000);
+        assert!(on && checked.ready() && checked.passed.len() == 1, "{checked:?}");
+    }
+
+    #[test]
+    fn a_plan_that_reads_the_whole_table_is_no_news_where_the_index_is_missing() {
+        let steps = ["Update on audit_log t".to_owned(), "  ->  Seq Scan on audit_log".to_owned()];
+        let mut checked = Checked::default();
+        statement(&steps, &mut checked);
+        assert_eq!((checked.findings.len(), checked.passed.len()), (1, 0));
+        let mut checked = Checked::default();
+        checked.find(Subject::Index, NotReady, Reason::IndexMissing, "", None);
+        statement(&steps, &mut checked);
+        assert_eq!((checked.findings.len(), checked.passed.len()), (1, 0));
+    }
+}

@@ -77,6 +77,8 @@ impl Stage {
         let Fix::Sql { statements, run_as } = fix else { panic!("not SQL: {fix:?}") };
         let client = match run_as {
             RunAs::Superuser => &self.admin,
+            // Before 15, the schema public is hers.
+            RunAs::Owner(role) if role == "postgres" => &self.admin,
             RunAs::Owner(role) => {
                 assert_eq!(*role, self.log.database.user);
                 &self.log.client
