@@ -77,8 +77,6 @@ impl Stage {
         let Fix::Sql { statements, run_as } = fix else { panic!("not SQL: {fix:?}") };
         let client = match run_as {
             RunAs::Superuser => &self.admin,
-            // Before 15, the schema public is hers.
-            RunAs::Owner(role) if role == "postgres" => &self.admin,
             RunAs::Owner(role) => {
                 assert_eq!(*role, self.log.database.user);
                 &self.log.client
@@ -143,7 +141,7 @@ impl Fault {
             assert!(healthy.findings.is_empty(), "{what}: {healthy:#?}");
         }
         for sql in &self.sql {
-            let sql = sql.replace("LOGIN", &stage.login);
+            let sql = sql.replace("LOGIN", &stage.login).replace("TABLE_OWNER", &stage.log.database.user);
             let client = if self.by_superuser { &stage.admin } else { &stage.log.client };
             client.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{error:?} in {sql}"));
         }
