@@ -4,6 +4,9 @@
 --     SELECT indisvalid FROM pg_index WHERE indexrelid = 'audit_log_incomplete_by_time_started'::regclass;
 -- If it says f, run this first:
 --     DROP INDEX CONCURRENTLY audit_log_incomplete_by_time_started;
+--
+-- A partitioned table takes no CONCURRENTLY: it needs one index for each partition, attached to its own. For that, and
+-- for whatever else is missing, audit-log-sweeper check prints the SQL.
 
 CREATE INDEX CONCURRENTLY IF NOT EXISTS audit_log_incomplete_by_time_started
     ON audit_log (time_started, id) WHERE time_completed IS NULL;

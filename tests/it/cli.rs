@@ -1,4 +1,4 @@
-//! The command line without a cluster: the same sweep, from a file.
+//! The command line without a cluster: the same sweep, or a check, from a file.
 
 use std::process::{Command, Output};
 
@@ -9,10 +9,14 @@ use support::scratch::Scratch;
 use crate::fixtures::Log;
 
 fn sweep(file: &str, args: &[&str], env: &[(&str, &str)]) -> Output {
+    run("sweep", file, args, env)
+}
+
+fn run(subcommand: &str, file: &str, args: &[&str], env: &[(&str, &str)]) -> Output {
     let scratch = Scratch::new(None).unwrap();
     let path = scratch.write("file.yaml", file, None).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_audit-log-sweeper"));
-    command.arg("sweep").arg("-f").arg(path).args(args).env_remove("DATABASE_URL").envs(env.iter().copied());
+    command.arg(subcommand).arg("-f").arg(path).args(args).env_remove("DATABASE_URL").envs(env.iter().copied());
     let output = command.output().unwrap();
     leaks::keep_output(&output);
     output
@@ -104,6 +108,101 @@ async fn bad_input_exits_with_2_says_why_and_shows_no_secret() {
         Command::new(env!("CARGO_BIN_EXE_audit-log-sweeper")).args(["sweep", "-f", "/nowhere"]).output().unwrap();
     assert_eq!(missing.status.code(), Some(2));
     assert!(stderr(&missing).contains("cannot read /nowhere"));
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+#[tokio::test]
+async fn a_check_of_what_is_ready_exits_with_0_and_says_what_it_saw() {
+    let log = Log::new().await;
+    log.start(1, "2 h").await;
+    let file = sweeper("") + &secret(&log.database.uri());
+    let output = run("check", &file, &[], &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stdout(&output));
+    let text = stdout(&output);
+    let owner = &log.database.user;
+    for line in [
+        &format!("ok       table         \"public\".\"audit_log\", owned by {owner}\n"),
+        "ok       index         (\"time_started\", \"id\") WHERE \"time_completed\" IS NULL\n",
+        "\n-- ready: 0 errors, 0 warnings\n",
+    ] {
+        assert!(text.contains(line), "{line}{text}");
+    }
+    let output = run("check", &file, &["--output", "json"], &[]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let version = log.query("SHOW server_version").await;
+    assert_eq!(report, json!({ "ready": true, "server": { "version": version[0] }, "findings": [] }));
+    assert_eq!((output.status.code(), log.open().await), (Some(0), vec![1]));
+}
+
+#[tokio::test]
+async fn a_check_of_what_is_not_ready_exits_with_1_and_prints_what_mends_it() {
+    let log = Log::new().await;
+    log.run("DROP INDEX audit_log_incomplete_by_time_started; ALTER TYPE audit_log_result_kind RENAME VALUE 'timeout' TO 'late'").await;
+    let file = sweeper("") + &secret(&log.database.uri());
+    let output = run("check", &file, &["--output", "json"], &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let mut report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for finding in report["findings"].as_array_mut().unwrap() {
+        assert!(finding["message"].as_str().unwrap().len() > 20);
+        finding["message"] = json!("");
+    }
+    let (owner, create) = (
+        &log.database.user,
+        "CREATE INDEX CONCURRENTLY IF NOT EXISTS \"audit_log_incomplete_by_time_started\" ON \"public\".\"audit_log\" \
+         (\"time_started\", \"id\") WHERE \"time_completed\" IS NULL",
+    );
+    let label = "ALTER TYPE \"public\".\"audit_log_result_kind\" ADD VALUE IF NOT EXISTS 'timeout'";
+    assert_eq!(
+        (&report["ready"], &report["findings"]),
+        (
+            &json!(false),
+            &json!([
+                { "severity": "error", "blocksSweep": true, "reason": "SchemaMismatch", "message": "", "fix": { "sql": [label], "runAs": owner } },
+                { "severity": "error", "blocksSweep": false, "reason": "IndexMissing", "message": "", "fix": { "sql": [create], "runAs": owner } },
+            ])
+        )
+    );
+    // What follows the verdict runs as it stands, for those who paste it.
+    let text = stdout(&run("check", &file, &[], &[]));
+    let (lines, sql) = text.split_once("\n-- not ready: 2 errors, 0 warnings\n").unwrap_or_else(|| panic!("{text}"));
+    assert!(lines.contains("\nerror    index         no valid index on"), "{text}");
+    assert!(lines.ends_with("-        statement     not looked at\n"), "{text}");
+    assert!(sql.contains(&format!("-- IndexMissing (index): as {owner}\nCREATE INDEX")), "{text}");
+    for statement in sql.split_inclusive(";\n") {
+        log.run(statement).await;
+    }
+    let output = run("check", &file, &[], &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stdout(&output));
+    // A field rather than SQL; and a warning is no error.
+    log.run("ALTER TABLE audit_log ADD CHECK (request_id <> '') NOT VALID").await;
+    let text = stdout(&run("check", &(sweeper(", table: Audit_Log") + &secret(&log.database.uri())), &[], &[]));
+    assert!(text.contains("\n-- TableNotFound (table): change spec.table\n"), "{text}");
+    let output = run("check", &file, &[], &[]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(stdout(&output).contains("\n-- ready: 0 errors, 1 warning\n"), "{}", stdout(&output));
+}
+
+#[tokio::test]
+async fn a_check_without_a_connection_exits_with_1_and_on_bad_input_with_2() {
+    let file = sweeper("") + &secret("postgresql://u:hunter2@127.0.0.1:1/d");
+    let output = run("check", &file, &["--output", "json"], &[]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let finding = &report["findings"][0];
+    assert_eq!((&report["ready"], &report["server"]), (&json!(false), &Value::Null));
+    assert_eq!(
+        (&finding["reason"], &finding["fix"]),
+        (&json!("DatabaseUnreachable"), &json!({ "field": "spec.database.secretRef" }))
+    );
+    let text = run("check", &file, &[], &[]);
+    assert!(stdout(&text).starts_with("error    connection    cannot connect to 127.0.0.1"), "{}", stdout(&text));
+    assert!(!format!("{}{}{report}", stdout(&text), stderr(&text)).contains("hunter2"));
+    let bad = run("check", &sweeper(", limit: 0"), &[], &[]);
+    assert_eq!((bad.status.code(), stdout(&bad).as_str()), (Some(2), ""));
+    assert!(stderr(&bad).contains("spec.limit"), "{}", stderr(&bad));
 }
 
 #[test]

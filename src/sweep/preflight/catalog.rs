@@ -1,4 +1,4 @@
-//! What the preflight asks the server, and the shape of the answers: facts, which `judge` and `index` judge.
+//! What the preflight asks the server, and the shape of the answers: facts, which `judge`, `columns` and `index` judge.
 //!
 //! Each question is one SELECT that answers with one JSON document. Every role may read these catalogs, so that a
 //! missing right hides no other fault. Columns that not every version has are read through `to_jsonb`.

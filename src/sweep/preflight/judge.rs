@@ -12,15 +12,6 @@ use Severity::{Blocking, NotReady, Warning};
 /// The oldest version that the sweep is tested on.
 const OLDEST: i64 = 130_000;
 
-/// Types of keys that the sweep is tested with.
-const KEY_TYPES: [&str; 6] = ["uuid", "int8", "text", "int4", "int2", "varchar"];
-
-/// With fewer digits of a second, a time written down lies up to some hundredths of a second beside the true one.
-const DIGITS: i64 = 3;
-
-/// Names of columns that a message lists, at most.
-const LISTED: usize = 30;
-
 /// Judges the server. False: there is no sense in asking it more.
 pub fn server(server: &Server, checked: &mut Checked) -> bool {
     let at = Some(field("spec.database.secretRef"));
@@ -91,23 +82,24 @@ pub fn refused_statement(error: &Error, checked: &mut Checked) {
     checked.find(Subject::Statement, Blocking, error.reason(), message, fix);
 }
 
-struct Judge<'a> {
-    plan: &'a Plan,
-    names: &'a Names,
+/// The facts at hand.
+pub(super) struct Judge<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) names: &'a Names,
     server: &'a Server,
     schema: &'a Schema,
-    table: &'a Table,
+    pub(super) table: &'a Table,
     root: &'a Node,
     facts: &'a Catalog,
 }
 
 impl Judge<'_> {
-    fn column(&self, name: &str) -> Option<&Column> {
+    pub(super) fn column(&self, name: &str) -> Option<&Column> {
         self.table.columns.iter().find(|column| column.name == name)
     }
 
     /// Statements for the table's owner.
-    fn by_owner(&self, statements: impl IntoIterator<Item = String>) -> Fix {
+    pub(super) fn by_owner(&self, statements: impl IntoIterator<Item = String>) -> Fix {
         sql(&self.table.owner, statements)
     }
 
@@ -152,93 +144,6 @@ impl Judge<'_> {
         node.map_or_else(|| self.plan.table.clone(), |node| qualified(&node.schema, &node.name))
     }
 
-    fn columns(&self, checked: &mut Checked) {
-        let Names { id, time_started, time_completed, .. } = self.names;
-        for (name, path) in [(id, "id"), (time_started, "timeStarted"), (time_completed, "timeCompleted")] {
-            let path = format!("spec.columns.{path}");
-            match self.column(name) {
-                None => {
-                    let message = format!("the table has no column {}; {}", quoted(name), self.listed());
-                    checked.find(Subject::Columns, Blocking, Reason::ColumnNotFound, message, field(path));
-                }
-                Some(column) if name == id => self.key_type(column, &path, checked),
-                Some(column) => self.time_type(column, &path, checked),
-            }
-        }
-        if let Some(column) = self.column(time_completed) {
-            self.settable(column, "spec.columns.timeCompleted", Subject::Columns, checked);
-        }
-        if checked.is_clean(Subject::Columns) {
-            checked.pass(Subject::Columns, mend::names([id.as_str(), time_started, time_completed]));
-        }
-    }
-
-    fn key_type(&self, column: &Column, path: &str, checked: &mut Checked) {
-        if column.type_schema == "pg_catalog" && KEY_TYPES.contains(&column.type_name.as_str()) {
-            return;
-        }
-        let message = format!(
-            "the key {} is of type {}; it must be uuid, bigint or text{}",
-            quoted(&column.name),
-            column.type_name,
-            retyping(column)
-        );
-        let fix = self.retyped(column, path, "text", "::text");
-        checked.find(Subject::Columns, Blocking, Reason::SchemaMismatch, message, fix);
-    }
-
-    fn time_type(&self, column: &Column, path: &str, checked: &mut Checked) {
-        let name = quoted(&column.name);
-        if column.type_schema != "pg_catalog" || column.type_name != "timestamptz" {
-            let message = format!(
-                "{name} is of type {}; it must be timestamptz{}, and the SQL takes its times for UTC",
-                column.type_name,
-                retyping(column)
-            );
-            // Whatever it holds is read as a time without a zone.
-            let fix = self.retyped(column, path, "timestamptz", "::timestamp AT TIME ZONE 'UTC'");
-            checked.find(Subject::Columns, Blocking, Reason::SchemaMismatch, message, fix);
-        } else if (0..DIGITS).contains(&column.typmod) {
-            let (digits, fix) = (column.typmod, self.retyped(column, path, "timestamptz", ""));
-            if column.name == self.names.time_completed {
-                let message = format!(
-                    "{name} is timestamptz({digits}), too coarse: a completion time rounded down lies in a window that \
-                     readers may have left behind, and they would miss the row. It takes {DIGITS} digits or more{}",
-                    retyping(column)
-                );
-                checked.find(Subject::Columns, NotReady, Reason::SchemaMismatch, message, fix);
-            } else {
-                let message = format!(
-                    "{name} is timestamptz({digits}): a row counts as up to {} s older than it is{}",
-                    ["0.5", "0.05", "0.005"].get(usize::try_from(digits).unwrap_or_default()).unwrap_or(&"0.5"),
-                    retyping(column)
-                );
-                checked.find(Subject::Columns, Warning, Reason::SchemaMismatch, message, fix);
-            }
-        }
-    }
-
-    /// PostgreSQL alters no column of a partition key.
-    fn retyped(&self, column: &Column, path: &str, type_: &str, using: &str) -> Fix {
-        if column.partition_key {
-            return field(path);
-        }
-        self.by_owner([mend::retype(&self.plan.table, &column.name, type_, using)])
-    }
-
-    /// A column that every UPDATE of a sweep sets.
-    fn settable(&self, column: &Column, path: &str, subject: Subject, checked: &mut Checked) {
-        let why = match column {
-            Column { generated: true, .. } => "is generated by the database, which lets nobody set it",
-            Column { partition_key: true, .. } => {
-                "is part of the partition key: a row would move to another partition while others look for it"
-            }
-            _ => return,
-        };
-        let message = format!("{} {why}", quoted(&column.name));
-        checked.find(subject, Blocking, Reason::SchemaMismatch, message, field(path));
-    }
-
     fn key(&self, checked: &mut Checked) {
         let (id, started) = (self.names.id.as_str(), self.names.time_started.as_str());
         let columns: Vec<&Column> = [id, started].into_iter().filter_map(|name| self.column(name)).collect();
@@ -280,53 +185,6 @@ impl Judge<'_> {
             mend::names([id, started])
         );
         checked.find(Subject::Key, Blocking, Reason::SchemaMismatch, message, fix);
-    }
-
-    fn complete(&self, checked: &mut Checked) {
-        for (position, (name, value)) in self.names.complete.iter().enumerate() {
-            let path = |part: &str| format!("spec.complete[{position}].{part}");
-            let Some(column) = self.column(name) else {
-                let similar = self.table.columns.iter().find(|column| column.name.eq_ignore_ascii_case(name));
-                let fix = match similar {
-                    Some(_) => field(path("column")),
-                    None => {
-                        let action = format!("ADD COLUMN {} text", quoted(name));
-                        self.by_owner([mend::alter(&self.plan.table, &action)])
-                    }
-                };
-                let message =
-                    format!("the table has no column {} (spec.complete[{position}]); {}", quoted(name), self.listed());
-                checked.find(Subject::Complete, Blocking, Reason::ColumnNotFound, message, fix);
-                continue;
-            };
-            self.settable(column, &path("column"), Subject::Complete, checked);
-            match (value, &column.labels) {
-                (None, _) if column.not_null => {
-                    let message =
-                        format!("{} is NOT NULL, and spec.complete[{position}] sets it to NULL", quoted(name));
-                    checked.find(Subject::Complete, Blocking, Reason::SchemaMismatch, message, field(path("setNull")));
-                }
-                (Some(value), Some(labels)) if !labels.contains(value) => {
-                    let known = labels.iter().map(|label| quoted(label)).collect::<Vec<_>>().join(", ");
-                    let message = format!(
-                        "{} takes no value {}, only {known}: add it, or set another one by {}",
-                        quoted(name),
-                        quoted(value),
-                        path("value")
-                    );
-                    let add = mend::add_label(&column.type_schema, &column.type_name, value);
-                    let fix = sql(&column.type_owner, [add]);
-                    checked.find(Subject::Complete, Blocking, Reason::SchemaMismatch, message, fix);
-                }
-                _ => {}
-            }
-        }
-        if checked.is_clean(Subject::Complete) {
-            let set = self.names.complete.iter().map(|(name, _)| name.as_str());
-            let set =
-                if self.names.complete.is_empty() { "the completion time alone".into() } else { mend::names(set) };
-            checked.pass(Subject::Complete, set);
-        }
     }
 
     fn index(&self, checked: &mut Checked) {
@@ -453,17 +311,9 @@ impl Judge<'_> {
             checked.pass(Subject::Triggers, seen);
         }
     }
-
-    fn listed(&self) -> String {
-        let mut listed = mend::names(self.table.columns.iter().take(LISTED).map(|column| column.name.as_str()));
-        if self.table.columns.len() > LISTED {
-            listed.push_str(", ...");
-        }
-        format!("it has {listed}")
-    }
 }
 
-fn quoted(name: &str) -> String {
+pub(super) fn quoted(name: &str) -> String {
     mend::names([name])
 }
 
@@ -489,16 +339,44 @@ fn kind(node: &Node) -> &'static str {
     }
 }
 
-/// What changing the type of a column entails.
-fn retyping(column: &Column) -> String {
-    if column.partition_key {
-        return " (it is part of the partition key, so its type cannot be changed)".into();
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judged(product: &str, version: &str, number: i64) -> (bool, Checked) {
+        let server = Server {
+            product: product.into(),
+            version: version.into(),
+            number,
+            standby: false,
+            user: "u".into(),
+            bypass: false,
+        };
+        let mut checked = Checked::default();
+        (super::server(&server, &mut checked), checked)
     }
-    match column.views.as_slice() {
-        [] => " (the SQL locks the table, and may rewrite it)".into(),
-        views => format!(
-            " (the SQL locks the table, and may rewrite it; before it, drop the views {}, and create them again after)",
-            mend::names(views.iter().map(String::as_str))
-        ),
+
+    #[test]
+    fn a_server_too_old_or_of_another_kind_is_asked_no_more() {
+        for (product, version, number) in [("PostgreSQL", "12.22", 120_022), ("CockroachDB", "13.0.0", 130_000)] {
+            let (on, checked) = judged(product, version, number);
+            assert!(!on && !checked.ready() && checked.blocking().is_some(), "{checked:?}");
+            assert_eq!(checked.findings[0].reason, Reason::ServerNotSupported);
+            assert!(checked.findings[0].message.contains(&format!("the server is {product} {version}")), "{checked:?}");
+        }
+        let (on, checked) = judged("PostgreSQL", "13.0", 130_000);
+        assert!(on && checked.ready() && checked.passed.len() == 1, "{checked:?}");
+    }
+
+    #[test]
+    fn a_plan_that_reads_the_whole_table_is_no_news_where_the_index_is_missing() {
+        let steps = ["Update on audit_log t".to_owned(), "  ->  Seq Scan on audit_log".to_owned()];
+        let mut checked = Checked::default();
+        statement(&steps, &mut checked);
+        assert_eq!((checked.findings.len(), checked.passed.len()), (1, 0));
+        let mut checked = Checked::default();
+        checked.find(Subject::Index, NotReady, Reason::IndexMissing, "", None);
+        statement(&steps, &mut checked);
+        assert_eq!((checked.findings.len(), checked.passed.len()), (1, 0));
     }
 }

@@ -1,7 +1,8 @@
-//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `index`) and says what mends
+//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `columns`, `index`) and says what mends
 //! what it found (`finding`, `mend`).
 
 mod catalog;
+mod columns;
 mod finding;
 mod index;
 mod judge;

@@ -1,9 +1,12 @@
 //! Faults of the index that a sweep reads, and of the key, on a table and on partitions.
 
+use std::time::Duration;
+
 use audit_log_sweeper::api::Reason::{IndexMissing, SchemaMismatch};
 use audit_log_sweeper::sweep::preflight::Severity::{Blocking, NotReady, Warning};
-use audit_log_sweeper::sweep::preflight::Subject::{Index, Key};
+use audit_log_sweeper::sweep::preflight::Subject::{Index, Key, Statement};
 use serde_json::json;
+use support::wait::eventually;
 
 use super::{INDEX, PARTITIONED, Stage, TABLE, all_found_and_mended, fault};
 
@@ -204,4 +207,29 @@ async fn a_key_that_may_be_null() {
         let from = unique.replace("UNIQUE NOT NULL", "UNIQUE") + "; " + not_valid;
         all_found_and_mended([fault(&[], expected, "\"id\" may be NULL").on(&from)]).await;
     }
+}
+
+#[tokio::test]
+async fn an_index_that_the_server_does_not_use_yet() {
+    let stage = Stage::new(TABLE).await;
+    let row = format!("INSERT INTO audit_log (id, time_started) VALUES ('{}', '2020-01-01')", super::id(1));
+    stage.log.run(&row).await;
+    let mut old = stage.log.database.client().await.unwrap();
+    let old =
+        old.build_transaction().isolation_level(tokio_postgres::IsolationLevel::RepeatableRead).start().await.unwrap();
+    old.batch_execute("SELECT pg_current_xact_id(), count(*) FROM audit_log").await.unwrap();
+    // The old version of the row is still seen, and the new index does not hold it.
+    stage.log.run("UPDATE audit_log SET time_started = '2020-01-02'").await;
+    stage.log.run(INDEX).await;
+    let checked = stage.check(&json!({})).await;
+    let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
+    assert_eq!((found.subject, found.severity, found.reason, &found.fix), (Statement, NotReady, IndexMissing, &None));
+    assert!(found.message.contains("once they have ended"), "{}", found.message);
+    old.rollback().await.unwrap();
+    // Transactions of other databases count, too.
+    eventually("the index to serve", Duration::from_secs(60), async || {
+        let checked = stage.check(&json!({})).await;
+        if checked.findings.is_empty() { Ok(()) } else { Err(format!("{checked:?}")) }
+    })
+    .await;
 }

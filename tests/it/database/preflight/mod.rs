@@ -141,7 +141,7 @@ impl Fault {
             assert!(healthy.findings.is_empty(), "{what}: {healthy:#?}");
         }
         for sql in &self.sql {
-            let sql = sql.replace("LOGIN", &stage.login);
+            let sql = sql.replace("LOGIN", &stage.login).replace("TABLE_OWNER", &stage.log.database.user);
             let client = if self.by_superuser { &stage.admin } else { &stage.log.client };
             client.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{error:?} in {sql}"));
         }

@@ -128,7 +128,7 @@ async fn rights_that_are_missing() {
             expected,
             "lacks SELECT (\"id\", \"time_started\", \"time_completed\"), UPDATE (\"time_completed\", \"result_kind\") on",
         ),
-        fault(&["REVOKE USAGE ON SCHEMA public FROM LOGIN, PUBLIC"], expected, "may not use the schema \"public\"").by_superuser(),
+        fault(&["ALTER SCHEMA public OWNER TO TABLE_OWNER; REVOKE USAGE ON SCHEMA public FROM LOGIN, PUBLIC"], expected, "may not use the schema \"public\"").by_superuser(),
     ])
     .await;
 }
