@@ -15,7 +15,7 @@ use support::tools::Tools;
 use support::wait::eventually;
 
 use crate::fixtures::log::assert_one_swept_at_a_time;
-use crate::fixtures::operator::{PATIENCE, RELEASE, install, namespace, port, probe, replica, until_says};
+use crate::fixtures::operator::{PATIENCE, RELEASE, has, install, namespace, port, probe, replica, until_says};
 use crate::fixtures::relay::Course;
 use crate::fixtures::{Log, Operator, Relay};
 
@@ -131,6 +131,18 @@ async fn sigterm_during_a_sweep_hands_its_rest_over_within_five_seconds() {
     assert_eq!((log.timed_out().await, trail.len()), ((1..=60).collect(), 2));
     assert_eq!((&status["lastSweep"]["timedOut"], &status["lastSweep"]["attempts"]), (&json!(60), &json!(2)));
     assert_eq!(status["totals"], json!({ "sweeps": 2, "failures": 0, "timedOut": 60 }));
+    let (_, given_back) = *terms(&a.log_tail(usize::MAX)).last().unwrap();
+    let published: Vec<DateTime<Utc>> = operator
+        .plane
+        .audit_events()
+        .unwrap()
+        .iter()
+        .filter(|event| event["verb"] == "patch" && event["objectRef"]["namespace"] == json!(operator.namespace))
+        .filter(|event| event["objectRef"]["subresource"] == "status")
+        .map(|event| event["stageTimestamp"].as_str().unwrap().parse().unwrap())
+        .collect();
+    // Seen, stopped, and then the other's.
+    assert!(published[1] < given_back && given_back < published[2], "{published:?} {given_back}");
     assert_one_led_at_a_time(&[a.log_tail(usize::MAX), b.log_tail(usize::MAX)]);
 }
 
@@ -194,6 +206,48 @@ async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts()
     assert_eq!(status["totals"]["timedOut"], json!(done.len()), "{status:#}");
     assert_one_swept_at_a_time(&log.trail().await);
     assert_one_led_at_a_time(&[a.log_tail(usize::MAX), b.log_tail(usize::MAX)]);
+}
+
+#[tokio::test]
+async fn a_leader_that_comes_back_goes_by_what_the_other_left() {
+    let (log, operator) = (Log::new().await, Operator::absent().await);
+    operator.secret_for(&log).await;
+    operator.apply("app", json!({ "period": "1h" })).await;
+    let relay = Relay::new(port(operator.plane)).await;
+    let a = start(&operator, "a", &operator.kubeconfig(Some(&relay)).await, &[SHORT]);
+    operator.until("app", "its sweep", |s| s["totals"]["sweeps"] == json!(1)).await;
+    relay.set(Course::Deaf);
+    until_says(&a, "lost the lease").await;
+    let b = start(&operator, "b", &operator.kubeconfig(None).await, &[SHORT]);
+    // It begins a failure, whose retry is due long before the slot that the first one remembers.
+    operator.apply("app", json!({ "period": "1h", "table": "elsewhere" })).await;
+    operator.until("app", "the failure", |s| has(s, "Ready=False/TableNotFound")).await;
+    b.signal(Signal::SIGTERM).unwrap();
+    until_says(&b, "given back").await;
+    relay.set(Course::To(port(operator.plane)));
+    until_held_by(&leases(&operator), "a").await;
+    log.run("ALTER TABLE audit_log RENAME TO elsewhere").await;
+    let status = operator.until("app", "the recovery", |s| s["consecutiveFailures"] == json!(0)).await;
+    assert!(has(&status, "Ready=True/SchemaReady"), "{status:#}");
+    assert_one_led_at_a_time(&[a.log_tail(usize::MAX), b.log_tail(usize::MAX)]);
+}
+
+#[tokio::test]
+async fn without_an_election_there_is_no_lease() {
+    let (log, operator) = (Log::new().await, Operator::absent().await);
+    log.start(1, "2 h").await;
+    operator.secret_for(&log).await;
+    let a = start(&operator, "a", &operator.kubeconfig(None).await, &["--leader-elect=false"]);
+    operator.apply("app", json!({})).await;
+    operator.until("app", "the sweep", |s| has(s, "Ready=True/Swept")).await;
+    assert_eq!(log.timed_out().await, [1]);
+    assert!(leases(&operator).list(&Default::default()).await.unwrap().items.is_empty());
+    let (mut a, stopping) = (a, Instant::now());
+    a.signal(Signal::SIGTERM).unwrap();
+    while a.is_running() {
+        assert!(stopping.elapsed() < Duration::from_secs(2), "{}", a.log_tail(20));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test]
