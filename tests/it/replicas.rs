@@ -209,6 +209,28 @@ async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts()
 }
 
 #[tokio::test]
+async fn the_counts_of_a_lost_lead_are_published_without_it() {
+    let (log, operator) = (Log::slow(1000).await, Operator::absent().await);
+    operator.secret_for(&log).await;
+    operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
+    let relay = Relay::new(port(operator.plane)).await;
+    let a = start(&operator, "a", &operator.kubeconfig(Some(&relay)).await, &[SHORT]);
+    log.until_swept(4).await;
+    let b = start(&operator, "b", &operator.kubeconfig(None).await, &[SHORT]);
+    until_says(&b, "watching").await;
+    relay.set(Course::Closed);
+    until_says(&a, "trying this object again").await;
+    until_held_by(&leases(&operator), "b").await;
+    relay.set(Course::To(port(operator.plane)));
+    let status = operator.until("app", "the counts of the first", |s| s["totals"]["sweeps"] == json!(1)).await;
+    assert_eq!(holder(&leases(&operator)).await.unwrap(), "b");
+    let trail = log.trail().await;
+    assert_one_swept_at_a_time(&trail);
+    assert_eq!(status["totals"]["timedOut"], json!(trail[0].2), "{status:#}");
+    assert_one_led_at_a_time(&[a.log_tail(usize::MAX), b.log_tail(usize::MAX)]);
+}
+
+#[tokio::test]
 async fn a_leader_that_comes_back_goes_by_what_the_other_left() {
     let (log, operator) = (Log::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
@@ -266,9 +288,9 @@ async fn nobody_goes_by_the_clock_of_another() {
     // Its clock is an hour behind, but it renews.
     for _ in 0..12 {
         tokio::time::sleep(Duration::from_millis(500)).await;
+        assert_eq!(holder(&leases).await.unwrap(), "stranger");
         let patch = json!({ "spec": record(hours(-1)) });
         leases.patch(RELEASE.1, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
-        assert_eq!(holder(&leases).await.unwrap(), "stranger");
     }
     // Its clock is an hour ahead, but it died.
     let patch = json!({ "spec": record(hours(1)) });
