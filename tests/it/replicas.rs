@@ -1,6 +1,5 @@
 //! Several replicas: exactly one sweeps, and another takes over, whatever happens to the first.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
@@ -15,29 +14,13 @@ use support::scratch::Scratch;
 use support::tools::Tools;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, RELEASE, install, namespace, probe, replica};
+use crate::fixtures::log::assert_one_swept_at_a_time;
+use crate::fixtures::operator::{PATIENCE, RELEASE, has, install, namespace, port, probe, replica, until_says};
 use crate::fixtures::relay::Course;
 use crate::fixtures::{Log, Operator, Relay};
 
 /// With it the holder gives up after 2 s, and renews every 0.4 s.
 const SHORT: &str = "--lease-duration=3s";
-
-/// Whoever sweeps leaves a trail: its session and the time, in the same transaction.
-const TRAIL: &str = "INSERT INTO trail VALUES (pg_backend_pid(), clock_timestamp()); PERFORM pg_sleep(0.05);";
-
-/// A kubeconfig of the operator, by way of a relay if there is one.
-async fn kubeconfig(operator: &Operator, via: Option<&Relay>) -> PathBuf {
-    let (plane, name) = (operator.plane, &operator.namespace);
-    let token = plane.service_account_token(RELEASE.0, RELEASE.1).await.unwrap();
-    let direct = plane.kubeconfig_for(&token, name).unwrap();
-    let Some(relay) = via else { return direct };
-    let text = std::fs::read_to_string(direct).unwrap().replace(plane.url(), &format!("https://{}", relay.address));
-    operator.scratch.write("relayed.kubeconfig", text, None).unwrap()
-}
-
-fn port(plane: &ControlPlane) -> u16 {
-    plane.url().rsplit(':').next().unwrap().parse().unwrap()
-}
 
 fn start(operator: &Operator, pod: &str, kubeconfig: &std::path::Path, args: &[&str]) -> Process {
     replica(pod, kubeconfig, &operator.scratch, &operator.namespace, args)
@@ -58,14 +41,6 @@ async fn until_held_by(leases: &Api<Lease>, pod: &str) {
     eventually("the lease to change hands", Duration::from_secs(30), async || {
         let holder = holder(leases).await?;
         if holder == pod { Ok(()) } else { Err(holder) }
-    })
-    .await;
-}
-
-async fn until_says(process: &Process, what: &str) {
-    eventually(what, PATIENCE, async || {
-        let log = process.log_tail(usize::MAX);
-        if log.contains(what) { Ok(()) } else { Err(log) }
     })
     .await;
 }
@@ -94,48 +69,10 @@ fn assert_one_led_at_a_time(logs: &[String]) {
     assert!(all.windows(2).all(|pair| pair[0].1 <= pair[1].0), "two led at once: {all:?}\n{}", logs.join("\n---\n"));
 }
 
-/// Rows that take long to sweep, each leaving its trail.
-async fn slow_log(rows: u32) -> Log {
-    let log = Log::new().await;
-    log.run("CREATE TABLE trail (pid int, at timestamptz)").await;
-    log.before_update(TRAIL).await;
-    log.start_many(rows).await;
-    log
-}
-
-/// The sessions that swept, in the order in which they began: when, until when, and how many rows.
-async fn trail(log: &Log) -> Vec<(DateTime<Utc>, DateTime<Utc>, u32)> {
-    let rows = log
-        .query(
-            "SELECT to_char(min(at) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'), \
-                to_char(max(at) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'), count(*) \
-                FROM trail GROUP BY pid ORDER BY min(at)",
-        )
-        .await;
-    let read = |row: &String| {
-        let fields: Vec<_> = row.split('|').collect();
-        (fields[0].parse().unwrap(), fields[1].parse().unwrap(), fields[2].parse().unwrap())
-    };
-    rows.iter().map(read).collect()
-}
-
-/// Fails if two sessions swept at once.
-fn assert_one_swept_at_a_time(trail: &[(DateTime<Utc>, DateTime<Utc>, u32)]) {
-    assert!(trail.windows(2).all(|pair| pair[0].1 < pair[1].0), "two swept at once: {trail:?}");
-}
-
-async fn until_some_are_swept(log: &Log, least: usize) {
-    eventually("some batches", PATIENCE, async || {
-        let done = log.timed_out().await.len();
-        if done >= least { Ok(()) } else { Err(done.to_string()) }
-    })
-    .await;
-}
-
 #[tokio::test]
 async fn of_two_replicas_one_sweeps_and_both_are_ready() {
     let (log, operator) = (Log::new().await, Operator::absent().await);
-    let config = kubeconfig(&operator, None).await;
+    let config = operator.kubeconfig(None).await;
     let a = start(&operator, "a", &config, &[]);
     until_held_by(&leases(&operator), "a").await;
     let b = start(&operator, "b", &config, &[]);
@@ -159,7 +96,7 @@ async fn of_two_replicas_one_sweeps_and_both_are_ready() {
 #[tokio::test]
 async fn sigterm_hands_over_within_two_seconds() {
     let operator = Operator::absent().await;
-    let config = kubeconfig(&operator, None).await;
+    let config = operator.kubeconfig(None).await;
     let a = start(&operator, "a", &config, &[]);
     until_held_by(&leases(&operator), "a").await;
     let b = start(&operator, "b", &config, &[]);
@@ -175,12 +112,12 @@ async fn sigterm_hands_over_within_two_seconds() {
 
 #[tokio::test]
 async fn sigterm_during_a_sweep_hands_its_rest_over_within_five_seconds() {
-    let (log, operator) = (slow_log(200).await, Operator::absent().await);
-    let config = kubeconfig(&operator, None).await;
+    let (log, operator) = (Log::slow(200).await, Operator::absent().await);
+    let config = operator.kubeconfig(None).await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 4, "limit": 60, "period": "1h" })).await;
     let a = start(&operator, "a", &config, &[]);
-    until_some_are_swept(&log, 4).await;
+    log.until_swept(4).await;
     let b = start(&operator, "b", &config, &[]);
     until_says(&b, "watching").await;
     let start = Instant::now();
@@ -189,22 +126,34 @@ async fn sigterm_during_a_sweep_hands_its_rest_over_within_five_seconds() {
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     let status = operator.until("app", "the end", |s| s["lastSweep"]["outcome"] == json!("LimitReached")).await;
     // What the first did was published before the second began, which went on with the rest of the limit.
-    let trail = trail(&log).await;
+    let trail = log.trail().await;
     assert_one_swept_at_a_time(&trail);
     assert_eq!((log.timed_out().await, trail.len()), ((1..=60).collect(), 2));
     assert_eq!((&status["lastSweep"]["timedOut"], &status["lastSweep"]["attempts"]), (&json!(60), &json!(2)));
     assert_eq!(status["totals"], json!({ "sweeps": 2, "failures": 0, "timedOut": 60 }));
+    let (_, given_back) = *terms(&a.log_tail(usize::MAX)).last().unwrap();
+    let published: Vec<DateTime<Utc>> = operator
+        .plane
+        .audit_events()
+        .unwrap()
+        .iter()
+        .filter(|event| event["verb"] == "patch" && event["objectRef"]["namespace"] == json!(operator.namespace))
+        .filter(|event| event["objectRef"]["subresource"] == "status")
+        .map(|event| event["stageTimestamp"].as_str().unwrap().parse().unwrap())
+        .collect();
+    // Seen, stopped, and then the other's.
+    assert!(published[1] < given_back && given_back < published[2], "{published:?} {given_back}");
     assert_one_led_at_a_time(&[a.log_tail(usize::MAX), b.log_tail(usize::MAX)]);
 }
 
 #[tokio::test]
 async fn a_killed_leader_is_followed_within_the_leases_time() {
-    let (log, operator) = (slow_log(40).await, Operator::absent().await);
-    let config = kubeconfig(&operator, None).await;
+    let (log, operator) = (Log::slow(40).await, Operator::absent().await);
+    let config = operator.kubeconfig(None).await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
     let a = start(&operator, "a", &config, &[SHORT]);
-    until_some_are_swept(&log, 4).await;
+    log.until_swept(4).await;
     let b = start(&operator, "b", &config, &[SHORT]);
     until_says(&b, "watching").await;
     let start = Instant::now();
@@ -215,27 +164,27 @@ async fn a_killed_leader_is_followed_within_the_leases_time() {
     assert!(took > Duration::from_millis(2300) && took < Duration::from_millis(4000), "{took:?}");
     operator.until("app", "the rest", |s| s["lastSweep"]["outcome"] == json!("Drained")).await;
     assert_eq!(log.timed_out().await, (1..=40).collect::<Vec<_>>());
-    assert_one_swept_at_a_time(&trail(&log).await);
+    assert_one_swept_at_a_time(&log.trail().await);
 }
 
 #[tokio::test]
 async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts() {
-    let (log, operator) = (slow_log(1000).await, Operator::absent().await);
+    let (log, operator) = (Log::slow(1000).await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
     let relay = Relay::new(port(operator.plane)).await;
-    let a = start(&operator, "a", &kubeconfig(&operator, Some(&relay)).await, &[SHORT]);
-    until_some_are_swept(&log, 4).await;
-    let b = start(&operator, "b", &kubeconfig(&operator, None).await, &[SHORT]);
+    let a = start(&operator, "a", &operator.kubeconfig(Some(&relay)).await, &[SHORT]);
+    log.until_swept(4).await;
+    let b = start(&operator, "b", &operator.kubeconfig(None).await, &[SHORT]);
     until_says(&b, "watching").await;
     relay.set(Course::Deaf);
     until_held_by(&leases(&operator), "b").await;
     eventually("the second to sweep", PATIENCE, async || {
-        let trail = trail(&log).await;
+        let trail = log.trail().await;
         if trail.len() == 2 { Ok(()) } else { Err(format!("{trail:?}")) }
     })
     .await;
-    let swept = trail(&log).await;
+    let swept = log.trail().await;
     assert_one_swept_at_a_time(&swept);
     // It did not stop for nothing: until its time was up it went on.
     assert!(swept[0].2 > 8, "{swept:?}");
@@ -255,8 +204,72 @@ async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts()
     let done = log.timed_out().await;
     assert_eq!(done, (1..=u32::try_from(done.len()).unwrap()).collect::<Vec<_>>());
     assert_eq!(status["totals"]["timedOut"], json!(done.len()), "{status:#}");
-    assert_one_swept_at_a_time(&trail(&log).await);
+    assert_one_swept_at_a_time(&log.trail().await);
     assert_one_led_at_a_time(&[a.log_tail(usize::MAX), b.log_tail(usize::MAX)]);
+}
+
+#[tokio::test]
+async fn the_counts_of_a_lost_lead_are_published_without_it() {
+    let (log, operator) = (Log::slow(1000).await, Operator::absent().await);
+    operator.secret_for(&log).await;
+    operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
+    let relay = Relay::new(port(operator.plane)).await;
+    let a = start(&operator, "a", &operator.kubeconfig(Some(&relay)).await, &[SHORT]);
+    log.until_swept(4).await;
+    let b = start(&operator, "b", &operator.kubeconfig(None).await, &[SHORT]);
+    until_says(&b, "watching").await;
+    relay.set(Course::Closed);
+    until_says(&a, "trying this object again").await;
+    until_held_by(&leases(&operator), "b").await;
+    relay.set(Course::To(port(operator.plane)));
+    let status = operator.until("app", "the counts of the first", |s| s["totals"]["sweeps"] == json!(1)).await;
+    assert_eq!(holder(&leases(&operator)).await.unwrap(), "b");
+    let trail = log.trail().await;
+    assert_one_swept_at_a_time(&trail);
+    assert_eq!(status["totals"]["timedOut"], json!(trail[0].2), "{status:#}");
+    assert_one_led_at_a_time(&[a.log_tail(usize::MAX), b.log_tail(usize::MAX)]);
+}
+
+#[tokio::test]
+async fn a_leader_that_comes_back_goes_by_what_the_other_left() {
+    let (log, operator) = (Log::new().await, Operator::absent().await);
+    operator.secret_for(&log).await;
+    operator.apply("app", json!({ "period": "1h" })).await;
+    let relay = Relay::new(port(operator.plane)).await;
+    let a = start(&operator, "a", &operator.kubeconfig(Some(&relay)).await, &[SHORT]);
+    operator.until("app", "its sweep", |s| s["totals"]["sweeps"] == json!(1)).await;
+    relay.set(Course::Deaf);
+    until_says(&a, "lost the lease").await;
+    let b = start(&operator, "b", &operator.kubeconfig(None).await, &[SHORT]);
+    // It begins a failure, whose retry is due long before the slot that the first one remembers.
+    operator.apply("app", json!({ "period": "1h", "table": "elsewhere" })).await;
+    operator.until("app", "the failure", |s| has(s, "Ready=False/TableNotFound")).await;
+    b.signal(Signal::SIGTERM).unwrap();
+    until_says(&b, "given back").await;
+    relay.set(Course::To(port(operator.plane)));
+    until_held_by(&leases(&operator), "a").await;
+    log.run("ALTER TABLE audit_log RENAME TO elsewhere").await;
+    let status = operator.until("app", "the recovery", |s| s["consecutiveFailures"] == json!(0)).await;
+    assert!(has(&status, "Ready=True/SchemaReady"), "{status:#}");
+    assert_one_led_at_a_time(&[a.log_tail(usize::MAX), b.log_tail(usize::MAX)]);
+}
+
+#[tokio::test]
+async fn without_an_election_there_is_no_lease() {
+    let (log, operator) = (Log::new().await, Operator::absent().await);
+    log.start(1, "2 h").await;
+    operator.secret_for(&log).await;
+    let a = start(&operator, "a", &operator.kubeconfig(None).await, &["--leader-elect=false"]);
+    operator.apply("app", json!({})).await;
+    operator.until("app", "the sweep", |s| has(s, "Ready=True/Swept")).await;
+    assert_eq!(log.timed_out().await, [1]);
+    assert!(leases(&operator).list(&Default::default()).await.unwrap().items.is_empty());
+    let (mut a, stopping) = (a, Instant::now());
+    a.signal(Signal::SIGTERM).unwrap();
+    while a.is_running() {
+        assert!(stopping.elapsed() < Duration::from_secs(2), "{}", a.log_tail(20));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test]
@@ -270,14 +283,14 @@ async fn nobody_goes_by_the_clock_of_another() {
     let hours = |hours| Utc::now() + chrono::TimeDelta::hours(hours);
     let lease = json!({ "metadata": { "name": RELEASE.1 }, "spec": record(hours(-1)) });
     leases.create(&PostParams::default(), &serde_json::from_value(lease).unwrap()).await.unwrap();
-    let a = start(&operator, "a", &kubeconfig(&operator, None).await, &[SHORT]);
+    let a = start(&operator, "a", &operator.kubeconfig(None).await, &[SHORT]);
     until_says(&a, "watching").await;
     // Its clock is an hour behind, but it renews.
     for _ in 0..12 {
         tokio::time::sleep(Duration::from_millis(500)).await;
+        assert_eq!(holder(&leases).await.unwrap(), "stranger");
         let patch = json!({ "spec": record(hours(-1)) });
         leases.patch(RELEASE.1, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
-        assert_eq!(holder(&leases).await.unwrap(), "stranger");
     }
     // Its clock is an hour ahead, but it died.
     let patch = json!({ "spec": record(hours(1)) });
@@ -292,7 +305,7 @@ async fn nobody_goes_by_the_clock_of_another() {
 #[tokio::test]
 async fn a_deleted_lease_stays_with_its_holder() {
     let operator = Operator::absent().await;
-    let config = kubeconfig(&operator, None).await;
+    let config = operator.kubeconfig(None).await;
     let a = start(&operator, "a", &config, &[SHORT]);
     let leases = leases(&operator);
     until_held_by(&leases, "a").await;

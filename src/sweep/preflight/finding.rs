@@ -158,6 +158,9 @@ impl From<&Error> for Finding {
             Reason::InvalidConnectionURI
             | Reason::AuthenticationFailed
             | Reason::DatabaseNotFound
+            | Reason::NameResolutionFailed
+            | Reason::ConnectTimeout
+            | Reason::LoginTimeout
             | Reason::DatabaseUnreachable
             | Reason::NotPrimary => Some("spec.database.secretRef"),
             _ => None,

@@ -45,11 +45,12 @@ pub fn shared() -> &'static ControlPlane {
 /// Everything ends with it; the order of the fields is the order in which it does.
 pub struct ControlPlane {
     api_server: Option<Process>,
-    etcd: Process,
+    etcd: Option<Process>,
     scratch: Scratch,
     tools: Tools,
-    /// How the API server was started, to start it again.
+    /// How they were started, to start them again.
     program: Program,
+    etcd_program: Program,
     url: String,
     ca_pem: String,
     admin_token: String,
@@ -74,15 +75,15 @@ impl ControlPlane {
         let scratch = Scratch::new(None)?;
         let (clients, peers) =
             (format!("http://127.0.0.1:{}", free_port()?), format!("http://127.0.0.1:{}", free_port()?));
-        let etcd = Program::new("etcd", &tools.etcd)
+        let etcd_program = Program::new("etcd", &tools.etcd)
             .arg(format!("--data-dir={}", scratch.path().join("etcd").display()))
             .arg(format!("--listen-client-urls={clients}"))
             .arg(format!("--advertise-client-urls={clients}"))
             .arg(format!("--listen-peer-urls={peers}"))
             .arg(format!("--initial-advertise-peer-urls={peers}"))
             .arg(format!("--initial-cluster=default={peers}"))
-            .arg("--unsafe-no-fsync")
-            .start(&scratch)?;
+            .arg("--unsafe-no-fsync");
+        let etcd = Some(etcd_program.start(&scratch)?);
 
         let authority = Authority::new("audit-log-sweeper control plane")?;
         let identity = authority.server(&["localhost", "127.0.0.1"])?;
@@ -124,6 +125,7 @@ impl ControlPlane {
             etcd,
             tools: tools.clone(),
             program,
+            etcd_program,
             url: format!("https://127.0.0.1:{port}"),
             ca_pem: authority.pem(),
             admin_kubeconfig: PathBuf::new(),
@@ -141,13 +143,29 @@ impl ControlPlane {
         self.api_server = None;
     }
 
+    /// Stops etcd and starts it again; the API server runs on, and is ready again when this returns.
+    pub async fn restart_etcd(&mut self) -> anyhow::Result<()> {
+        self.etcd = None;
+        self.etcd = Some(self.etcd_program.start(&self.scratch)?);
+        let (client, end) = (self.client().await?, Instant::now() + Duration::from_secs(60));
+        while let Err(error) = ready(&client).await {
+            if Instant::now() > end {
+                return Err(error.context("kube-apiserver does not find etcd again"));
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
     /// Starts it on the same port as before and waits until it is ready.
     pub async fn start_api_server(&mut self) -> anyhow::Result<()> {
         let mut process = self.program.start(&self.scratch)?;
         let (client, end) = (self.client().await?, Instant::now() + Duration::from_secs(60));
         while let Err(error) = ready(&client).await {
             process.check()?;
-            self.etcd.check()?;
+            if let Some(etcd) = &mut self.etcd {
+                etcd.check()?;
+            }
             if Instant::now() > end {
                 return Err(error.context(format!(
                     "kube-apiserver is not ready after a minute; its log:\n{}",

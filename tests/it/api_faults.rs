@@ -1,0 +1,194 @@
+//! Faults of the API server under the controller: rows are right always, and counts arrive when they can.
+
+use std::time::Duration;
+
+use audit_log_sweeper::api::AuditLogSweeper;
+use k8s_openapi::api::core::v1::Namespace;
+use kube::Api;
+use kube::api::{DeleteParams, PostParams};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use support::control_plane::ControlPlane;
+use support::process::output;
+use support::scratch::Scratch;
+use support::tools::Tools;
+use support::wait::eventually;
+
+use crate::fixtures::log::assert_one_swept_at_a_time;
+use crate::fixtures::operator::{PATIENCE, RELEASE, has, install, namespace, port, replica};
+use crate::fixtures::relay::Course;
+use crate::fixtures::{Log, Operator, Relay};
+
+/// An AuditLogSweeper that uses the Secret `db` of its namespace.
+fn object(name: &str, rest: Value) -> AuditLogSweeper {
+    let mut spec =
+        json!({ "timeout": "1h", "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Disable" } } });
+    spec.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+    serde_json::from_value(json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": name }, "spec": spec }))
+        .unwrap()
+}
+
+async fn secret(client: &kube::Client, namespace: &str, log: &Log) {
+    let secrets: Api<k8s_openapi::api::core::v1::Secret> = Api::namespaced(client.clone(), namespace);
+    let secret = json!({ "metadata": { "name": "db" }, "stringData": { "uri": log.database.uri() } });
+    secrets.create(&PostParams::default(), &serde_json::from_value(secret).unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
+    let tools = tokio::task::spawn_blocking(Tools::ensure).await.unwrap().unwrap();
+    // For its own API server and etcd, which it stops.
+    let mut plane = ControlPlane::start(&tools).await.unwrap();
+    install(&plane).await;
+    let client = plane.client().await.unwrap();
+    let (namespace, scratch) = (namespace(&client).await, Scratch::new(None).unwrap());
+    let token = plane.service_account_token(RELEASE.0, RELEASE.1).await.unwrap();
+    let config = plane.kubeconfig_for(&token, &namespace).unwrap();
+    let mut process = replica("a", &config, &scratch, &namespace, &[]);
+    let log = Log::slow(40).await;
+    secret(&client, &namespace, &log).await;
+    let objects: Api<AuditLogSweeper> = Api::namespaced(client.clone(), &namespace);
+    objects.create(&PostParams::default(), &object("app", json!({ "batchSize": 1, "period": "1h" }))).await.unwrap();
+    log.until_swept(2).await;
+    plane.stop_api_server();
+    // It ends while nobody can be told.
+    log.until_swept(40).await;
+    eventually("the end of the session", PATIENCE, async || {
+        let sessions = log.sweeping_sessions().await;
+        if sessions.is_empty() { Ok(()) } else { Err(format!("{sessions:?}")) }
+    })
+    .await;
+    plane.start_api_server().await.unwrap();
+    let until = async |what: &str, sweeps: i64| {
+        eventually(what, Duration::from_secs(40), async || {
+            let object = objects.get("app").await.map_err(|error| error.to_string())?;
+            let status = json!(object.status);
+            if status["totals"]["sweeps"] == json!(sweeps) { Ok(status) } else { Err(format!("{status:#}")) }
+        })
+        .await
+    };
+    let status = until("the counts", 1).await;
+    assert_eq!((&status["totals"]["timedOut"], log.trail().await.len()), (&json!(40), 1));
+    assert!(has(&status, "Ready=True/Swept"), "{status:#}");
+
+    plane.restart_etcd().await.unwrap();
+    log.run("TRUNCATE trail").await;
+    log.run(
+        "INSERT INTO audit_log (id, time_started, request_id, request_uri, operation_id, source_ip, actor_kind) \
+             SELECT ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid, now() - interval '5 h', \
+               'r', '/v1', 'op', '::1', 'unauthenticated' FROM generate_series(41, 80) AS n",
+    )
+    .await;
+    eventually("the object to be changed", PATIENCE, async || {
+        let patch = json!({ "spec": { "period": "5s" } });
+        let patched = objects.patch("app", &Default::default(), &kube::api::Patch::Merge(&patch)).await;
+        patched.map_err(|error| error.to_string())
+    })
+    .await;
+    log.until_swept(42).await;
+    plane.restart_etcd().await.unwrap();
+    log.until_swept(80).await;
+    eventually("the counts", Duration::from_secs(40), async || {
+        let object = objects.get("app").await.map_err(|error| error.to_string())?;
+        let status = json!(object.status);
+        if status["totals"]["timedOut"] == json!(80) { Ok(()) } else { Err(format!("{status:#}")) }
+    })
+    .await;
+    assert_one_swept_at_a_time(&log.trail().await);
+    assert!(process.is_running(), "{}", process.log_tail(30));
+}
+
+#[tokio::test]
+async fn killed_between_the_commit_and_the_status_it_sweeps_at_most_once_more() {
+    let (log, operator) = (Log::slow(10).await, Operator::absent().await);
+    operator.secret_for(&log).await;
+    let relay = Relay::new(port(operator.plane)).await;
+    let config = operator.kubeconfig(Some(&relay)).await;
+    let a = replica("a", &config, &operator.scratch, &operator.namespace, &[]);
+    operator.apply("app", json!({ "batchSize": 1, "period": "1h" })).await;
+    log.until_swept(2).await;
+    relay.set(Course::Deaf);
+    log.until_swept(10).await;
+    eventually("the end of the session", PATIENCE, async || {
+        let sessions = log.sweeping_sessions().await;
+        if sessions.is_empty() { Ok(()) } else { Err(format!("{sessions:?}")) }
+    })
+    .await;
+    a.kill9().unwrap();
+    let status = json!(operator.api().get("app").await.unwrap().status);
+    assert_eq!(status["lastSweep"], Value::Null, "{status:#}");
+    let before = log.rows().await;
+    let config = operator.kubeconfig(None).await;
+    let b = replica("b", &config, &operator.scratch, &operator.namespace, &[]);
+    let status = eventually("the sweep", Duration::from_secs(40), async || {
+        let status = json!(operator.api().get("app").await.unwrap().status);
+        if status["totals"]["sweeps"] == json!(1) { Ok(status) } else { Err(format!("{status:#}\n{}", b.log_tail(20))) }
+    })
+    .await;
+    // Its count is lost, as is said; its rows are as they were.
+    assert_eq!((log.rows().await, &status["totals"]["timedOut"]), (before, &json!(0)));
+    assert_eq!(log.trail().await.len(), 1);
+}
+
+#[tokio::test]
+async fn an_object_that_is_replaced_during_its_sweep_gets_no_word_of_the_old_one() {
+    let (log, operator) = (Log::slow(40).await, Operator::new().await);
+    operator.secret_for(&log).await;
+    operator.apply("app", json!({ "batchSize": 1, "period": "1h", "limit": 30 })).await;
+    log.until_swept(2).await;
+    operator.api().delete("app", &DeleteParams::default()).await.unwrap();
+    operator.apply("app", json!({ "batchSize": 1, "period": "2h", "limit": 7 })).await;
+    let status = operator.until("app", "its own sweep", |s| s["lastSweep"] != Value::Null).await;
+    let trail = log.trail().await;
+    assert_one_swept_at_a_time(&trail);
+    assert_eq!(trail.iter().map(|(_, _, rows)| *rows).collect::<Vec<_>>(), [30, 7]);
+    assert_eq!(log.timed_out().await, (1..=37).collect::<Vec<_>>());
+    assert_eq!(status["totals"], json!({ "sweeps": 1, "failures": 0, "timedOut": 7 }), "{status:#}");
+    assert_eq!((&status["lastSweep"]["trigger"], &status["lastSweep"]["limit"]), (&json!("Create"), &json!(7)));
+}
+
+#[tokio::test]
+async fn a_namespace_that_is_replaced_during_a_sweep_is_worked_in_again() {
+    let (log, home) = (Log::slow(40).await, Operator::absent().await);
+    let client = home.client.clone();
+    let name = namespace(&client).await;
+    let config = home.kubeconfig(None).await;
+    // Its lease is elsewhere: the one of the namespace goes with it.
+    let lease = format!("--lease-namespace={}", home.namespace);
+    let process = replica("a", &config, &home.scratch, &name, &[&lease]);
+    secret(&client, &name, &log).await;
+    let objects: Api<AuditLogSweeper> = Api::namespaced(client.clone(), &name);
+    objects
+        .create(&PostParams::default(), &object("app", json!({ "batchSize": 1, "limit": 30, "period": "1h" })))
+        .await
+        .unwrap();
+    log.until_swept(2).await;
+    // What the namespace controller does, which does not run here.
+    let kubectl = |args: &[&str]| output(home.plane.kubectl().args(args)).unwrap();
+    kubectl(&["delete", "namespace", &name, "--wait=false"]);
+    kubectl(&["delete", "als,secrets,roles,rolebindings", "--all", "-n", &name]);
+    let file =
+        json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name }, "spec": { "finalizers": [] } });
+    let file = home.scratch.write("finalize.json", file.to_string(), None).unwrap();
+    kubectl(&["replace", "--raw", &format!("/api/v1/namespaces/{name}/finalize"), "-f", &file.display().to_string()]);
+    let again = serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap();
+    Api::<Namespace>::all(client.clone()).create(&PostParams::default(), &again).await.unwrap();
+    secret(&client, &name, &log).await;
+    objects
+        .create(&PostParams::default(), &object("app", json!({ "batchSize": 1, "limit": 7, "period": "1h" })))
+        .await
+        .unwrap();
+    let status = eventually("its own sweep", PATIENCE, async || {
+        let status = json!(objects.get("app").await.unwrap().status);
+        if status["lastSweep"] != Value::Null {
+            Ok(status)
+        } else {
+            Err(format!("{status:#}\n{}", process.log_tail(20)))
+        }
+    })
+    .await;
+    assert_one_swept_at_a_time(&log.trail().await);
+    assert_eq!(status["totals"], json!({ "sweeps": 1, "failures": 0, "timedOut": 7 }), "{status:#}");
+    assert_eq!(log.timed_out().await, (1..=37).collect::<Vec<_>>());
+    process.signal(Signal::SIGTERM).unwrap();
+}
