@@ -8,4 +8,5 @@ mod cli;
 mod controller;
 mod database;
 mod fixtures;
+mod samples;
 mod specs;
