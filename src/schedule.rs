@@ -88,7 +88,7 @@ impl Grid {
 }
 
 /// FNV-1a: small, and the same for ever, which the standard library's hashers are not.
-fn hash(text: &str) -> u64 {
+pub fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 

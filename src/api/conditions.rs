@@ -98,6 +98,8 @@ reasons! {
     SecretForbidden,
     /// The Kubernetes API did not answer as it should.
     APIRequestFailed,
+    /// The operator has a bug.
+    InternalError,
     /// What the Secret holds is not a connection URI.
     InvalidConnectionURI,
     /// The database could not be reached, or the connection broke.

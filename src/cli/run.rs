@@ -5,27 +5,59 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use clap::Args;
+use clap::{ArgAction, Args};
+use tokio::task::JoinError;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::{default_roots, stop_signal};
+use crate::api;
+use crate::controller::lease::{self, Leadership, LeaseSettings};
 use crate::controller::{self, Settings};
+use crate::schedule::hash;
 use crate::telemetry::http::{self, Readiness};
-use crate::telemetry::{LogFormat, LogLevel, start_logs};
+use crate::telemetry::{LogFormat, LogLevel, log_panics, start_logs};
 
 /// From SIGTERM on, running sweeps have this long to end and be published.
-const SHUTDOWN: Duration = Duration::from_millis(4500);
+const SHUTDOWN: Duration = Duration::from_millis(4300);
+
+/// After them, the lease has this long to be given back.
+const RELEASE: Duration = Duration::from_millis(600);
 
 #[derive(Debug, Args)]
 pub struct Run {
-    /// Work in this namespace only [default: all namespaces]
+    /// Work in this namespace only; may be given several times [default: all namespaces]
+    #[arg(long = "namespace", value_name = "NAMESPACE")]
+    namespaces: Vec<String>,
+    /// Work on objects with these labels only, such as shard=a: several installs may share a cluster
     #[arg(long)]
-    namespace: Option<String>,
+    selector: Option<String>,
     /// Where to serve /healthz and /readyz
     #[arg(long, default_value = "0.0.0.0:8080")]
     health_address: SocketAddr,
     /// The most sweeps at once
     #[arg(long, default_value = "10", value_parser = clap::value_parser!(u16).range(1..))]
     max_concurrent_sweeps: u16,
+    /// The most sweeps at once on one database server
+    #[arg(long, default_value = "3", value_parser = clap::value_parser!(u16).range(1..))]
+    max_sweeps_per_server: u16,
+    /// Work only while this replica holds the lease. Without it, never run two
+    #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true",
+        require_equals = true)]
+    leader_elect: bool,
+    /// The namespace of the lease [default: that of the pod, else the first --namespace, else that of the kubeconfig]
+    #[arg(long, env = "POD_NAMESPACE", hide_env_values = true)]
+    lease_namespace: Option<String>,
+    /// The name of the lease, the same for all replicas of an install [default: audit-log-sweeper, and what tells
+    /// --namespace and --selector apart]
+    #[arg(long)]
+    lease_name: Option<String>,
+    /// How long the others wait before they take over from a replica that died; in whole seconds, at least 1s
+    #[arg(long, default_value = "15s", value_parser = lease_duration)]
+    lease_duration: Duration,
+    /// What the replica is called in the lease
+    #[arg(long, env = "POD_NAME", hide = true)]
+    pod_name: Option<String>,
     /// How log lines look
     #[arg(long, value_enum, default_value = "json")]
     log_format: LogFormat,
@@ -34,9 +66,46 @@ pub struct Run {
     log_level: LogLevel,
 }
 
+/// A Lease counts in whole seconds.
+fn lease_duration(text: &str) -> Result<Duration, String> {
+    let duration = text.parse::<api::Duration>().map_err(|error| error.to_string())?.as_std();
+    let seconds = Duration::from_secs(duration.as_secs());
+    let fits = seconds == duration && (1..=3600).contains(&seconds.as_secs());
+    if fits { Ok(duration) } else { Err("must be whole seconds, from 1s to 1h".into()) }
+}
+
+impl Run {
+    /// Which lease, and who we are.
+    fn lease(&self, client: &kube::Client) -> LeaseSettings {
+        let namespace = self.lease_namespace.clone().filter(|namespace| !namespace.is_empty());
+        let namespace = namespace.or_else(|| self.namespaces.first().cloned());
+        let pod = self.pod_name.clone().or_else(|| std::env::var("HOSTNAME").ok()).filter(|name| !name.is_empty());
+        let pod = pod.unwrap_or_else(|| "audit-log-sweeper".into());
+        LeaseSettings {
+            namespace: namespace.unwrap_or_else(|| client.default_namespace().to_owned()),
+            name: self.lease_name.clone().unwrap_or_else(|| lease_name(&self.namespaces, self.selector.as_deref())),
+            // A pod that was restarted has its old name, and is not who it was.
+            identity: format!("{pod}_{:016x}", fastrand::u64(..)),
+            duration: self.lease_duration,
+        }
+    }
+}
+
+/// The name of the lease of an install: another for other objects, so that neither keeps the other from working.
+fn lease_name(namespaces: &[String], selector: Option<&str>) -> String {
+    let mut namespaces = namespaces.to_vec();
+    namespaces.sort();
+    if namespaces.is_empty() && selector.is_none() {
+        return "audit-log-sweeper".into();
+    }
+    let scope = format!("{}/{}", namespaces.join(","), selector.unwrap_or_default());
+    format!("audit-log-sweeper-{:016x}", hash(&scope))
+}
+
 /// Runs until it is told to stop.
 pub async fn run(args: Run) -> ExitCode {
     start_logs(args.log_format, args.log_level);
+    log_panics();
     match operate(args).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -49,38 +118,91 @@ pub async fn run(args: Run) -> ExitCode {
 
 async fn operate(args: Run) -> anyhow::Result<()> {
     let stop = stop_signal().context("cannot listen for signals")?;
-    let settings = Settings {
-        namespace: args.namespace,
-        max_concurrent_sweeps: args.max_concurrent_sweeps.into(),
-        default_roots: default_roots()?,
-    };
+    let default_roots = default_roots()?;
     let client = kube::Client::try_default()
         .await
         .context("cannot find a cluster: run in a pod, or set KUBECONFIG to a kubeconfig file")?;
     let listener = http::listen(args.health_address)
         .await
         .with_context(|| format!("cannot listen on {} (--health-address)", args.health_address))?;
-    let readiness = Readiness::waiting_for("the first list of AuditLogSweepers");
+    let (lease, leader_elect) = (args.lease(&client), args.leader_elect);
+    let settings = Settings {
+        namespaces: args.namespaces,
+        selector: args.selector,
+        max_concurrent_sweeps: args.max_concurrent_sweeps.into(),
+        max_sweeps_per_server: args.max_sweeps_per_server.into(),
+        default_roots,
+    };
+    let readiness = Readiness::default();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         health_address = %listener.local_addr()?,
-        namespace = settings.namespace.as_deref().unwrap_or("(all)"),
+        namespaces = if settings.namespaces.is_empty() { "(all)".into() } else { settings.namespaces.join(",") },
+        selector = settings.selector,
+        lease = leader_elect.then(|| format!("{}/{}", lease.namespace, lease.name)),
+        identity = lease.identity,
         "starting"
     );
-    let served = tokio::spawn(http::serve(listener, readiness.clone(), stop.clone()));
-    let mut controlled = tokio::spawn(controller::run(client, settings, readiness, stop.clone()));
+    let mut served = tokio::spawn(http::serve(listener, readiness.clone(), stop.clone()));
+    let ended = CancellationToken::new();
+    let (mut elected, leadership) = if leader_elect {
+        readiness.set(lease::PART, Some(format!("the first look at Lease {}/{}", lease.namespace, lease.name)));
+        let (sender, leadership) = Leadership::elected();
+        let (readiness, stop, ended) = (readiness.clone(), stop.clone(), ended.clone());
+        (tokio::spawn(lease::elect(client.clone(), lease, sender, readiness, stop, ended)), leadership)
+    } else {
+        (tokio::spawn(ended.clone().cancelled_owned()), Leadership::always(&stop))
+    };
+    let mut controlled = tokio::spawn(controller::run(client, settings, leadership, readiness, stop.clone()));
     // Whichever long-lived task ends first, the process ends with it.
     tokio::select! {
-        result = served => if !stop.is_cancelled() { bail!("the health server ended: {result:?}") },
-        result = &mut controlled => {
-            if !stop.is_cancelled() { bail!("the controller ended: {result:?}") }
-            return Ok(());
-        }
+        biased;
         () = stop.cancelled() => {}
+        result = &mut served => bail!("the health server ended: {}", how(&result.map(drop))),
+        result = &mut elected => bail!("the election ended: {}", how(&result)),
+        result = &mut controlled => bail!("the controller ended: {}", how(&result)),
     }
     tracing::info!("stopping");
-    match tokio::time::timeout(SHUTDOWN, controlled).await {
-        Ok(ended) => ended.context("the controller panicked"),
+    // Sweeps end, their counts are published, and only then may another replica begin.
+    match timeout(SHUTDOWN, controlled).await {
+        Ok(ended) => ended.context("the controller panicked")?,
+        // The lease is kept until it runs out: what may still be going on ends before that.
         Err(_) => bail!("sweeps did not end within {SHUTDOWN:?} of the signal; what they committed may be uncounted"),
+    }
+    ended.cancel();
+    match timeout(RELEASE, elected).await {
+        Ok(ended) => ended.context("the election panicked"),
+        Err(_) => Ok(()),
+    }
+}
+
+/// How a task ended. What a panic said may be data.
+fn how(result: &Result<(), JoinError>) -> &'static str {
+    if result.as_ref().is_err_and(JoinError::is_panic) { "a panic" } else { "it should not have" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn installs_with_other_objects_have_other_leases_and_replicas_have_one() {
+        let name = |namespaces: &[&str], selector| {
+            lease_name(&namespaces.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>(), selector)
+        };
+        assert_eq!(name(&[], None), "audit-log-sweeper");
+        let all = [name(&[], None), name(&[], Some("a=b")), name(&["a"], None), name(&["a", "b"], None)];
+        let different: std::collections::HashSet<_> = all.iter().collect();
+        assert_eq!(different.len(), all.len(), "{all:?}");
+        assert_eq!(name(&["a", "b"], Some("x")), name(&["b", "a"], Some("x")));
+        assert!(all.iter().all(|name| name.len() <= 63));
+    }
+
+    #[test]
+    fn a_lease_lasts_whole_seconds() {
+        assert_eq!(lease_duration("15s"), Ok(Duration::from_secs(15)));
+        for bad in ["1500ms", "0s", "2h", "15", ""] {
+            assert!(lease_duration(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use chrono::{DateTime, Utc};
 use kube::ResourceExt;
 use kube::core::DeserializeGuard;
+use kube::runtime::reflector::Store;
 
 use super::outcome::{Subject, Update};
 use crate::api::AuditLogSweeper;
@@ -36,11 +37,17 @@ impl Memories {
         change(self.lock().entry(uid.to_owned()).or_default())
     }
 
+    /// Forgets when sweeps are due: another replica may have led meanwhile, and only the statuses know what it did.
+    /// An outcome that waits to be published stays, and is published before anything else.
+    pub fn forget_schedules(&self) {
+        self.lock().values_mut().for_each(|memory| memory.next = None);
+    }
+
     /// Forgets objects that are gone, now and then.
-    pub fn retain(&self, objects: &[Arc<DeserializeGuard<AuditLogSweeper>>]) {
+    pub fn retain(&self, stores: &[Store<DeserializeGuard<AuditLogSweeper>>]) {
         let mut memories = self.lock();
-        if memories.len() > objects.len() * 2 + 16 {
-            let live: HashSet<_> = objects.iter().filter_map(|object| object.uid()).collect();
+        if memories.len() > stores.iter().map(Store::len).sum::<usize>() * 2 + 16 {
+            let live: HashSet<_> = stores.iter().flat_map(Store::state).filter_map(|object| object.uid()).collect();
             memories.retain(|uid, _| live.contains(uid));
         }
     }

@@ -2,39 +2,48 @@
 //!
 //! `resolve` (fetches the object and its Secrets) -> `decide` (pure: what is due) -> the sweep or a preflight ->
 //! `outcome` (pure: the status that follows) -> `publish` (writes it). What must outlive a reconcile but not the
-//! process is in `memory`.
+//! process is in `memory`. Of several replicas the one that holds the `lease` works; the others keep their `watch` warm,
+//! so that a takeover costs no list of all objects, and a replica that could not take over is not ready.
 
 pub mod decide;
+pub mod lease;
 pub mod memory;
 pub mod outcome;
 pub mod publish;
 pub mod reconcile;
 pub mod resolve;
+pub mod turn;
+mod watch;
 
 use std::sync::Arc;
 
 use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use kube::Client;
 use kube::core::DeserializeGuard;
-use kube::runtime::{Controller, controller, watcher};
-use kube::{Api, Client};
+use kube::runtime::reflector::Store;
 use rustls::RootCertStore;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
 
 use crate::api::AuditLogSweeper;
-use crate::sweep::error::chain;
 use crate::telemetry::http::Readiness;
+use lease::Leadership;
 use memory::Memories;
+use turn::Turns;
+use watch::Scope;
 
 /// What is set at start.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The namespace to work in; None: all of them.
-    pub namespace: Option<String>,
+    /// The namespaces to work in; none: all of them.
+    pub namespaces: Vec<String>,
+    /// The label selector of the objects to work on, as kubectl takes it; None: all of them.
+    pub selector: Option<String>,
     /// The most sweeps at once.
     pub max_concurrent_sweeps: usize,
+    /// The most sweeps at once on one database server.
+    pub max_sweeps_per_server: usize,
     /// The CAs to trust where a spec names none.
     pub default_roots: Arc<RootCertStore>,
 }
@@ -44,10 +53,10 @@ pub struct Context {
     client: Client,
     settings: Settings,
     memories: Memories,
-    sweeps: Semaphore,
+    turns: Turns,
+    leadership: Leadership,
     /// What is being reconciled right now.
     running: TaskTracker,
-    stop: CancellationToken,
 }
 
 impl std::fmt::Debug for Context {
@@ -56,37 +65,29 @@ impl std::fmt::Debug for Context {
     }
 }
 
-/// Works until `stop`: then running sweeps end, their counts are published, and it returns.
-pub async fn run(client: Client, settings: Settings, readiness: Readiness, stop: CancellationToken) {
-    let objects: Api<DeserializeGuard<AuditLogSweeper>> = match &settings.namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
-    };
-    let sweeps = Semaphore::new(settings.max_concurrent_sweeps);
+/// Works, whenever it leads, until `stop`: then running sweeps end, their counts are published, and it returns. Any
+/// earlier return means that a watch has ended.
+pub async fn run(
+    client: Client,
+    settings: Settings,
+    leadership: Leadership,
+    readiness: Readiness,
+    stop: CancellationToken,
+) {
+    let scopes = Scope::all(&client, &settings);
+    let turns = Turns::new(settings.max_concurrent_sweeps, settings.max_sweeps_per_server);
     let (memories, running) = (Memories::default(), TaskTracker::new());
-    let context = Arc::new(Context { client, settings, memories, sweeps, running, stop: stop.clone() });
-    let watched = Controller::new(objects, watcher::Config::default());
-    let store = watched.store();
-    let ready = async {
-        if store.wait_until_ready().await.is_ok() {
-            info!("watching");
-            readiness.set(None);
-        }
-        std::future::pending::<()>().await;
-    };
-    let controlled = watched
-        .graceful_shutdown_on(stop.clone().cancelled_owned())
-        .run(reconcile::reconcile, |_, error, _| match *error {}, context.clone())
-        .for_each(|result| {
-            match result {
-                // Its turn came after it was deleted.
-                Ok(_) | Err(controller::Error::ObjectNotFound(_)) => {}
-                // Reconciles do not fail; what comes here is the watch: a missing CRD, a right that is missing.
-                Err(error) => warn!(error = chain(&error), "cannot watch AuditLogSweepers; trying again"),
+    let context = Arc::new(Context { client, settings, memories, turns, leadership, running });
+    let stores: Arc<[Store<DeserializeGuard<AuditLogSweeper>>]> = scopes.iter().map(Scope::store).collect();
+    let mut watched: FuturesUnordered<_> =
+        scopes.into_iter().map(|scope| scope.run(&context, &stores, &readiness, &stop)).collect();
+    let ended = async {
+        while watched.next().await.is_some() {
+            if !stop.is_cancelled() {
+                return;
             }
-            context.memories.retain(&store.state());
-            futures::future::ready(())
-        });
+        }
+    };
     // A watch that waits to try again holds nobody up: what counts is that no object is being worked on.
     let stopped = async {
         stop.cancelled().await;
@@ -94,8 +95,7 @@ pub async fn run(client: Client, settings: Settings, readiness: Readiness, stop:
         context.running.wait().await;
     };
     tokio::select! {
-        () = controlled => {}
-        () = ready => {}
+        () = ended => {}
         () = stopped => {}
     }
 }

@@ -1,22 +1,27 @@
 //! Drives one object through the five steps. The one place of the controller that reads the clock.
 
 use std::convert::Infallible;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
+use futures::FutureExt;
 use kube::core::DeserializeGuard;
 use kube::runtime::controller::Action;
 use kube::{Resource, ResourceExt};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::decide::{Decision, Slot, decide};
 use super::outcome::{Failure, Subject, Update};
 use super::resolve::ApiError;
+use super::turn::ServerPermit;
 use super::{Context, publish, resolve};
-use crate::api::AuditLogSweeper;
+use crate::api::{AuditLogSweeper, Reason};
 use crate::sweep::statement::Cursor;
-use crate::sweep::{self, Job, Plan, Report};
+use crate::sweep::{self, Class, Job, Plan, Report, Target};
 
 /// However far away the next slot is, look at the clock this often: a machine may sleep, a clock may jump. It costs
 /// no request.
@@ -43,7 +48,8 @@ pub async fn reconcile(
 ) -> Result<Action, Infallible> {
     let _running = context.running.token();
     let uid = object.meta().uid.clone().unwrap_or_default();
-    let action = match drive(&object, &uid, &context).await {
+    let driven = AssertUnwindSafe(drive(&object, &uid, &context)).catch_unwind().await;
+    let action = match driven.unwrap_or(Err(ApiError::Panic)) {
         Ok(next) => {
             context.memories.change(&uid, |memory| memory.api_failures = 0);
             next.map_or_else(Action::await_change, |next| {
@@ -60,7 +66,7 @@ pub async fn reconcile(
             let pause = first.saturating_mul(2_u32.saturating_pow(failures - 1)).min(longest);
             warn!(
                 namespace = object.meta().namespace, name = object.meta().name,
-                error = sweep::error::chain(&failed), retry_in = ?pause, "the Kubernetes API did not answer as it should"
+                error = sweep::error::chain(&failed), retry_in = ?pause, "trying this object again"
             );
             Action::requeue(pause)
         }
@@ -73,9 +79,11 @@ async fn drive(
     uid: &str,
     context: &Context,
 ) -> Result<Option<DateTime<Utc>>, ApiError> {
-    let mut object = match &object.0 {
-        Ok(object) => object.clone(),
-        Err(invalid) => {
+    let pending = context.memories.get(uid).pending;
+    let mut object = match (&object.0, context.leadership.term()) {
+        (Ok(object), _) => object.clone(),
+        (Err(_), None) => return Ok(None),
+        (Err(invalid), Some(_)) => {
             warn!(
                 namespace = invalid.metadata.namespace,
                 name = invalid.metadata.name,
@@ -86,59 +94,89 @@ async fn drive(
             return Ok(None);
         }
     };
-    if let Some(pending) = context.memories.get(uid).pending {
+    // Also without the lead: it is about what this replica did while it had it, and lays itself beneath later attempts.
+    if let Some(pending) = pending {
         match publish_update(context, &object, pending).await? {
             Some(written) => object = written,
             None => return Ok(None),
         }
     }
-    loop {
-        if context.stop.is_cancelled() {
-            return Ok(None);
-        }
-        match pass(&object, uid, context).await? {
+    // Whoever begins to lead looks at every object again.
+    while let Some(term) = context.leadership.term() {
+        match pass(&object, uid, context, &term).await? {
             Pass::Again(written) => object = *written,
             Pass::Wait(next) => return Ok(next),
         }
     }
+    Ok(None)
 }
 
-async fn pass(object: &AuditLogSweeper, uid: &str, context: &Context) -> Result<Pass, ApiError> {
+async fn pass(
+    object: &AuditLogSweeper,
+    uid: &str,
+    context: &Context,
+    term: &CancellationToken,
+) -> Result<Pass, ApiError> {
     let not_before = context.memories.get(uid).next;
     let judge = |object: &AuditLogSweeper, subject: &Subject| {
         decide(Utc::now(), subject, &object.status.clone().unwrap_or_default(), not_before)
     };
-    // Before the object is fetched: what is true now may not be when the sweep's turn comes.
-    let permit = match judge(object, &Subject::new(object)) {
-        Decision::Wait(next) => return Ok(Pass::Wait(next)),
-        // Only a closed semaphore refuses, and nobody closes it.
-        Decision::Sweep(_) => context.sweeps.acquire().await.ok(),
-        _ => None,
-    };
-    // The watch may lag behind: act on the object as it is now.
-    let namespace = object.namespace().unwrap_or_default();
-    let object = match resolve::object(&context.client, &namespace, &object.name_any()).await? {
-        Some(DeserializeGuard(Ok(object))) if object.uid().as_deref() == Some(uid) => object,
-        // Gone, replaced or unreadable: the watch will tell.
-        _ => return Ok(Pass::Wait(None)),
-    };
-    let subject = Subject::new(&object);
-    let update = match judge(&object, &subject) {
-        Decision::Wait(next) => return Ok(Pass::Wait(next)),
-        Decision::Acknowledge => Update::Acknowledged { now: Utc::now() },
-        Decision::Suspend => {
-            info!(%namespace, name = object.name_any(), "suspended");
-            Update::Suspended { now: Utc::now() }
+    if let Decision::Wait(next) = judge(object, &Subject::new(object)) {
+        return Ok(Pass::Wait(next));
+    }
+    let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+    let mut permit: Option<ServerPermit> = None;
+    loop {
+        if term.is_cancelled() {
+            return Ok(Pass::Wait(None));
         }
-        Decision::Preflight => {
-            Update::Preflight { result: preflight(&object, &subject, context).await, now: Utc::now() }
-        }
-        // Due only since it was fetched: its turn has yet to come.
-        Decision::Sweep(_) if permit.is_none() => return Ok(Pass::Again(Box::new(object))),
-        Decision::Sweep(slot) => sweep_slot(&object, &subject, slot, context).await,
-    };
-    let written = publish_update(context, &object, Arc::new((subject, update))).await?;
-    Ok(written.map_or(Pass::Wait(None), |written| Pass::Again(Box::new(written))))
+        // The watch may lag behind, and what was true may no longer be when a sweep's turn comes: act on the object as
+        // it is now.
+        let object = match resolve::object(&context.client, &namespace, &name).await? {
+            Some(DeserializeGuard(Ok(object))) if object.uid().as_deref() == Some(uid) => object,
+            // Gone, replaced or unreadable: the watch will tell.
+            _ => return Ok(Pass::Wait(None)),
+        };
+        let subject = Subject::new(&object);
+        let update = match judge(&object, &subject) {
+            Decision::Wait(next) => return Ok(Pass::Wait(next)),
+            Decision::Acknowledge => Update::Acknowledged { now: Utc::now() },
+            Decision::Suspend => {
+                info!(%namespace, name, "suspended");
+                Update::Suspended { now: Utc::now() }
+            }
+            Decision::Preflight => {
+                let result = contained(preflight(&object, &subject, context)).await.and_then(|result| result);
+                Update::Preflight { result, now: Utc::now() }
+            }
+            Decision::Sweep(slot) => {
+                let target = resolve::target(&context.client, &namespace, &object, &context.settings.default_roots);
+                let job = target.await.and_then(|target| job(&object, &subject, &slot, target));
+                let server = job.as_ref().map(|job| job.target.servers()).unwrap_or_default();
+                if job.is_ok() && !permit.as_ref().is_some_and(|permit| permit.is_for(&server)) {
+                    // Give back first: who holds one and waits for another may wait for ever.
+                    drop(permit.take());
+                    let granted = tokio::select! {
+                        granted = context.turns.on_server(&server) => granted,
+                        () = term.cancelled() => None,
+                    };
+                    let Some(granted) = granted else { return Ok(Pass::Wait(None)) };
+                    permit = Some(granted.permit);
+                    if granted.waited {
+                        continue;
+                    }
+                }
+                let attempt = Attempt { object: &object, subject: &subject, slot: &slot, job, start: Utc::now() };
+                match attempt.make(context, term).await? {
+                    Some(update) => update,
+                    None => continue,
+                }
+            }
+        };
+        drop(permit);
+        let written = publish_update(context, &object, Arc::new((subject, update))).await?;
+        return Ok(written.map_or(Pass::Wait(None), |written| Pass::Again(Box::new(written))));
+    }
 }
 
 /// Publishes an update; if the API does not take it, it is remembered and published later.
@@ -167,27 +205,93 @@ async fn preflight(object: &AuditLogSweeper, subject: &Subject, context: &Contex
     looked.await.map_err(|error| Failure::from(&error))
 }
 
-async fn sweep_slot(object: &AuditLogSweeper, subject: &Subject, slot: Slot, context: &Context) -> Update {
-    let start = Utc::now();
-    // Before it starts: whatever becomes of the status, the slot is taken.
-    let next = subject.grid().after(start, start);
-    context.memories.change(&subject.uid, |memory| memory.next = Some(next));
-    let namespace = object.namespace().unwrap_or_default();
-    let target = resolve::target(&context.client, &namespace, object, &context.settings.default_roots).await;
-    let job = target.and_then(|target| {
-        let plan = Plan::new(&subject.spec).map_err(|error| Failure::from(&error))?;
-        Ok(Job { plan, target, limit: slot.limit, resume_after: resume_after(object) })
-    });
-    let result = match job {
-        Ok(job) => Ok(sweep::sweep(&job, &context.stop).await),
-        Err(failure) => Err(failure),
-    };
-    log(object, subject, &result);
-    let update = Update::Sweep { slot, start, end: Utc::now(), result: Box::new(result) };
-    // What the status will say, so that a status that cannot be written changes nothing.
-    let next = update.apply(subject, &object.status.clone().unwrap_or_default()).next_schedule_time;
-    context.memories.change(&subject.uid, |memory| memory.next = next);
-    update
+/// What a sweep of the slot needs.
+fn job(object: &AuditLogSweeper, subject: &Subject, slot: &Slot, target: Target) -> Result<Job, Failure> {
+    let plan = Plan::new(&subject.spec).map_err(|error| Failure::from(&error))?;
+    Ok(Job { plan, target, limit: slot.limit, resume_after: resume_after(object) })
+}
+
+/// One attempt at the sweep of a slot.
+struct Attempt<'a> {
+    object: &'a AuditLogSweeper,
+    subject: &'a Subject,
+    slot: &'a Slot,
+    job: Result<Job, Failure>,
+    start: DateTime<Utc>,
+}
+
+impl Attempt<'_> {
+    /// Makes it. None: it had to wait for its turn, and the object is another by now.
+    async fn make(mut self, context: &Context, term: &CancellationToken) -> Result<Option<Update>, ApiError> {
+        let job = match &self.job {
+            Ok(job) => job,
+            Err(failure) => {
+                let failure = failure.clone();
+                return Ok(Some(self.end(context, Err(failure))));
+            }
+        };
+        let mut connected = match contained(sweep::connect(job, term)).await {
+            Ok(Ok(connected)) => connected,
+            Ok(Err(report)) => return Ok(Some(self.end(context, Ok(*report)))),
+            Err(failure) => return Ok(Some(self.end(context, Err(failure)))),
+        };
+        let queued = Instant::now();
+        let granted = tokio::select! {
+            granted = context.turns.among_all() => granted,
+            () = term.cancelled() => None,
+        };
+        let Some(granted) = granted else {
+            connected.close().await;
+            return Ok(None);
+        };
+        if granted.waited {
+            if !self.still_stands(context).await? {
+                connected.close().await;
+                return Ok(None);
+            }
+            let waited = queued.elapsed();
+            connected.waited(waited);
+            self.start += TimeDelta::from_std(waited).unwrap_or_default();
+        }
+        // Before it starts: whatever becomes of the status, the slot is taken.
+        let next = self.subject.grid().after(self.start, self.start);
+        context.memories.change(&self.subject.uid, |memory| memory.next = Some(next));
+        let result = contained(sweep::go_on(connected, job, term)).await;
+        drop(granted.permit);
+        Ok(Some(self.end(context, result)))
+    }
+
+    /// Whether the object is still the one that the attempt is for.
+    async fn still_stands(&self, context: &Context) -> Result<bool, ApiError> {
+        let namespace = self.object.namespace().unwrap_or_default();
+        let now = resolve::object(&context.client, &namespace, &self.object.name_any()).await?;
+        Ok(now.is_some_and(|now| {
+            let (now, then) = (now.meta(), &self.object.metadata);
+            now.uid == then.uid && now.resource_version == then.resource_version
+        }))
+    }
+
+    fn end(&self, context: &Context, result: Result<Report, Failure>) -> Update {
+        log(self.object, self.subject, &result);
+        let (slot, start) = (self.slot.clone(), self.start);
+        let update = Update::Sweep { slot, start, end: Utc::now(), result: Box::new(result) };
+        // What the status will say, so that a status that cannot be written changes nothing.
+        let status = self.object.status.clone().unwrap_or_default();
+        let next = update.apply(self.subject, &status).next_schedule_time;
+        context.memories.change(&self.subject.uid, |memory| memory.next = next);
+        update
+    }
+}
+
+/// Waits for a piece of work; a panic in it is a failure of this object, and of no other. What the panic says may be
+/// data.
+async fn contained<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    AssertUnwindSafe(work).catch_unwind().await.map_err(|_| Failure {
+        reason: Reason::InternalError,
+        message: "a bug in the operator ended this attempt; its log says where. Please report it".into(),
+        class: Class::Transient,
+        reachable: None,
+    })
 }
 
 /// Where the last sweep left off, if rows that the database refuses made it stop.
@@ -232,5 +336,18 @@ fn log(object: &AuditLogSweeper, subject: &Subject, result: &Result<Report, Fail
                 debug!(namespace, name, cutoff, limit, timed_out, duration_ms, "nothing to time out");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_a_failure_that_says_nothing_of_what_it_carried() {
+        let failure = contained::<()>(async { panic!("hunter2") }).await.unwrap_err();
+        assert_eq!((failure.reason, failure.class), (Reason::InternalError, Class::Transient));
+        assert!(!failure.message.contains("hunter2"));
+        assert_eq!(contained(async { 1 }).await.unwrap(), 1);
     }
 }

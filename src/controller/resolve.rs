@@ -22,6 +22,8 @@ pub enum ApiError {
     Timeout,
     #[error("others kept writing the object at the same time")]
     Conflict,
+    #[error("a bug in the operator; its log says where. Please report it")]
+    Panic,
     #[error(transparent)]
     Kube(#[from] kube::Error),
 }

@@ -95,6 +95,11 @@ impl Target {
         Ok(Self { config, connector: MakeRustlsConnect::new(tls::client_config(mode, roots)?) })
     }
 
+    /// The database servers that it may reach, hosts and ports: alike for all targets of the same ones.
+    pub fn servers(&self) -> String {
+        format!("{:?} {:?}", self.config.get_hosts(), self.config.get_ports())
+    }
+
     /// Connects to the first host that will have us.
     ///
     /// # Errors
@@ -189,6 +194,12 @@ pub(super) struct Session {
     target: Target,
     host: String,
     peer: std::net::SocketAddr,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Session([redacted])")
+    }
 }
 
 impl Session {

@@ -18,4 +18,4 @@ pub use connection::Target;
 pub use error::{Class, Error};
 pub use plan::Plan;
 pub use report::Report;
-pub use run::{Job, sweep};
+pub use run::{Connected, Job, connect, go_on, sweep};

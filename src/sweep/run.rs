@@ -51,11 +51,58 @@ pub struct Job {
     pub resume_after: Option<Cursor>,
 }
 
+/// A sweep whose connection is open.
+#[derive(Debug)]
+pub struct Connected {
+    session: Session,
+    /// When it began to connect, later by what it then had to wait.
+    start: Instant,
+}
+
+impl Connected {
+    /// It had to wait so long for its turn: that is none of its own time.
+    pub fn waited(&mut self, time: Duration) {
+        self.start += time;
+    }
+
+    /// Does without the sweep.
+    pub async fn close(self) {
+        self.session.close().await;
+    }
+}
+
 /// Makes one attempt. Never fails as such: the report counts what was committed, and holds the error if there was one.
 pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
+    match connect(job, stop).await {
+        Ok(connected) => go_on(connected, job, stop).await,
+        Err(report) => *report,
+    }
+}
+
+/// The first half of an attempt: connects.
+///
+/// # Errors
+/// The report of an attempt that came no further.
+pub async fn connect(job: &Job, stop: &CancellationToken) -> Result<Connected, Box<Report>> {
     let start = Instant::now();
+    let deadline = job.plan.deadline;
+    let connected = tokio::select! {
+        session = job.target.connect() => session.map_err(|error| (None, Some(error))),
+        () = stop.cancelled() => Err((Some(Ended::Stopped), None)),
+        () = tokio::time::sleep_until(start + deadline) => {
+            Err((None, Some(Error::Timer { what: "connecting to the database", after: deadline })))
+        }
+    };
+    connected
+        .map(|session| Connected { session, start })
+        .map_err(|(ended, error)| Box::new(Report { ended, error, duration: start.elapsed(), ..Report::default() }))
+}
+
+/// The second half: sweeps, with the report that [`sweep`] gives.
+pub async fn go_on(connected: Connected, job: &Job, stop: &CancellationToken) -> Report {
+    let start = connected.start;
     let mut report = Report::default();
-    match run(job, start, stop, &mut report).await {
+    match run(connected, job, stop, &mut report).await {
         Ok(ended) => report.ended = Some(ended),
         Err(error) => report.error = Some(error),
     }
@@ -63,17 +110,11 @@ pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
     report
 }
 
-async fn run(job: &Job, start: Instant, stop: &CancellationToken, report: &mut Report) -> Result<Ended, Error> {
+async fn run(connected: Connected, job: &Job, stop: &CancellationToken, report: &mut Report) -> Result<Ended, Error> {
     let Job { plan, target, limit, resume_after } = job;
+    let Connected { session, start } = connected;
     let deadline = start + plan.deadline;
-    let connected = tokio::select! {
-        session = target.connect() => session?,
-        () = stop.cancelled() => return Ok(Ended::Stopped),
-        () = tokio::time::sleep_until(deadline) => {
-            return Err(Error::Timer { what: "connecting to the database", after: plan.deadline });
-        }
-    };
-    let mut sweep = Sweep { plan, target, session: connected, resume_after, deadline, stop, report };
+    let mut sweep = Sweep { plan, target, session, resume_after, deadline, stop, report };
     let cutoff = tokio::select! {
         cutoff = sweep.cutoff(start) => cutoff?,
         () = stop.cancelled() => return Ok(Ended::Stopped),

@@ -1,5 +1,6 @@
 //! Serves `/healthz` (the process serves) and `/readyz` (it is able to work, or what it waits for).
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,24 +10,23 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-/// What the process waits for, if it does.
-#[derive(Clone, Debug)]
-pub struct Readiness(Arc<Mutex<Option<String>>>);
+/// What the process waits for, if it does: a text for each of its parts that is not able to work.
+#[derive(Clone, Debug, Default)]
+pub struct Readiness(Arc<Mutex<BTreeMap<String, String>>>);
 
 impl Readiness {
-    /// Not ready, and why.
-    pub fn waiting_for(what: &str) -> Self {
-        Self(Arc::new(Mutex::new(Some(what.to_owned()))))
+    /// Sets what a part waits for; None: that part is ready.
+    pub fn set(&self, part: &str, waiting_for: Option<String>) {
+        let mut parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match waiting_for {
+            Some(what) => drop(parts.insert(part.to_owned(), what)),
+            None => drop(parts.remove(part)),
+        }
     }
 
-    /// Sets what is waited for; None: ready.
-    pub fn set(&self, waiting_for: Option<String>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = waiting_for;
-    }
-
-    /// What is waited for; None: ready.
-    pub fn get(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// All that is waited for; empty: ready.
+    pub fn waiting_for(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 }
 
@@ -44,9 +44,11 @@ pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 /// When the listener fails.
 pub async fn serve(listener: TcpListener, readiness: Readiness, stop: CancellationToken) -> std::io::Result<()> {
     let ready = move || async move {
-        readiness.get().map_or((StatusCode::OK, "ready\n".to_owned()), |what| {
-            (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for {what}\n"))
-        })
+        let waiting_for = readiness.waiting_for();
+        if waiting_for.is_empty() {
+            return (StatusCode::OK, "ready\n".to_owned());
+        }
+        (StatusCode::SERVICE_UNAVAILABLE, waiting_for.iter().map(|what| format!("waiting for {what}\n")).collect())
     };
     let routes = Router::new().route("/healthz", get(|| async { "serving\n" })).route("/readyz", get(ready));
     axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await

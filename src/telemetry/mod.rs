@@ -25,6 +25,14 @@ pub enum LogLevel {
     Trace,
 }
 
+/// From now on a panic is a log line that says where it happened, and not what: that may be data.
+pub fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let location = panic.location().map(ToString::to_string);
+        tracing::error!(location, "a panic, which is a bug in the operator");
+    }));
+}
+
 /// Starts the logs, on standard error. Libraries may say what is wrong, never what they send: they know the passwords.
 pub fn start_logs(format: LogFormat, level: LogLevel) {
     use tracing_subscriber::prelude::*;

@@ -12,7 +12,7 @@ use support::scratch::Scratch;
 use support::tools::Tools;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, RELEASE, conditions, has, install, namespace, start};
+use crate::fixtures::operator::{PATIENCE, RELEASE, conditions, has, install, namespace, probe, start};
 use crate::fixtures::{Log, Operator};
 
 #[tokio::test]
@@ -433,25 +433,7 @@ async fn verify_full_trusts_the_ca_of_the_secret_and_no_other() {
 #[tokio::test]
 async fn probes_answer_and_say_what_is_waited_for() {
     let operator = Operator::new().await;
-    let address = eventually("the address in the log", PATIENCE, async || {
-        let log = operator.log();
-        let line = log
-            .lines()
-            .find_map(|line| serde_json::from_str::<Value>(line).ok()?["health_address"].as_str().map(str::to_owned));
-        line.ok_or(log)
-    })
-    .await;
-    let get = async |path: &str| {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let mut stream = tokio::net::TcpStream::connect(&address).await.map_err(|e| e.to_string())?;
-        stream
-            .write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
-            .await
-            .map_err(|e| e.to_string())?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.map_err(|e| e.to_string())?;
-        if answer.starts_with("HTTP/1.1 200") { Ok(answer) } else { Err(answer) }
-    };
-    assert!(get("/healthz").await.unwrap().ends_with("serving\n"));
-    assert!(eventually("readiness", PATIENCE, async || get("/readyz").await).await.ends_with("ready\n"));
+    let ready = eventually("readiness", PATIENCE, async || probe(&operator.log(), "/readyz").await).await;
+    assert_eq!(ready, "ready\n");
+    assert_eq!(probe(&operator.log(), "/healthz").await.unwrap(), "serving\n");
 }

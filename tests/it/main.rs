@@ -8,5 +8,6 @@ mod cli;
 mod controller;
 mod database;
 mod fixtures;
+mod replicas;
 mod samples;
 mod specs;

@@ -51,6 +51,7 @@ impl Place {
         let program = Program::new("operator", env!("CARGO_BIN_EXE_audit-log-sweeper"))
             .arg("run")
             .arg(format!("--namespace={}", operator.namespace))
+            .arg(format!("--lease-name={}", RELEASE.1))
             .arg("--health-address=127.0.0.1:0")
             .env("KUBECONFIG", operator.plane.kubeconfig_for(&token, &operator.namespace).unwrap())
             .env("SSL_CERT_FILE", ca);

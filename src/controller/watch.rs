@@ -1,0 +1,195 @@
+//! Watches the objects of one namespace, or of all, and has each reconciled; says while it cannot.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{StreamExt, stream};
+use kube::api::ListParams;
+use kube::core::DeserializeGuard;
+use kube::runtime::reflector::Store;
+use kube::runtime::utils::Backoff;
+use kube::runtime::{Controller, controller, watcher};
+use kube::{Api, Client};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::resolve::{ApiError, within};
+use super::{Context, Settings, reconcile};
+use crate::api::AuditLogSweeper;
+use crate::sweep::error::chain;
+use crate::telemetry::http::Readiness;
+
+/// How soon, and after a while how rarely, a watch that failed is tried again: a CRD may come at any time.
+const RETRY: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(5));
+
+/// How often a watch that failed is looked after.
+const PROBE: Duration = Duration::from_secs(1);
+
+type Objects = Api<DeserializeGuard<AuditLogSweeper>>;
+
+/// The objects of one namespace, or of all.
+pub struct Scope {
+    name: String,
+    objects: Objects,
+    selector: Option<String>,
+    controller: Controller<DeserializeGuard<AuditLogSweeper>>,
+}
+
+impl Scope {
+    /// What the settings ask for: one for each namespace, or one for all.
+    pub fn all(client: &Client, settings: &Settings) -> Vec<Self> {
+        let scope = |name: String, objects: Objects| {
+            let mut config = watcher::Config::default();
+            config.label_selector.clone_from(&settings.selector);
+            let controller = Controller::new(objects.clone(), config).trigger_backoff(Retry::default());
+            Self { name, objects, selector: settings.selector.clone(), controller }
+        };
+        if settings.namespaces.is_empty() {
+            return vec![scope("all namespaces".into(), Api::all(client.clone()))];
+        }
+        let named = |name: &String| scope(format!("namespace {name}"), Api::namespaced(client.clone(), name));
+        settings.namespaces.iter().map(named).collect()
+    }
+
+    /// What the watch has seen.
+    pub fn store(&self) -> Store<DeserializeGuard<AuditLogSweeper>> {
+        self.controller.store()
+    }
+
+    /// Reconciles until `stop`.
+    pub fn run(
+        self,
+        context: &Arc<Context>,
+        stores: &Arc<[Store<DeserializeGuard<AuditLogSweeper>>]>,
+        readiness: &Readiness,
+        stop: &CancellationToken,
+    ) -> impl Future<Output = ()> + use<> {
+        let (context, stores, readiness, stop) = (context.clone(), stores.clone(), readiness.clone(), stop.clone());
+        let (store, failed) = (self.store(), Arc::new(Notify::new()));
+        let health = Health { part: self.name, objects: self.objects, selector: self.selector, readiness };
+        health.list_first();
+        // Whoever begins to lead looks at every object afresh.
+        let terms = stream::unfold((context.leadership.clone(), context.clone()), |(mut leadership, context)| async {
+            leadership.next_term().await?;
+            context.memories.forget_schedules();
+            Some(((), (leadership, context)))
+        });
+        let controlled = self
+            .controller
+            .graceful_shutdown_on(stop.cancelled_owned())
+            .reconcile_all_on(terms)
+            .run(reconcile::reconcile, |_, error, _| match *error {}, context.clone())
+            .for_each({
+                let failed = failed.clone();
+                move |result| {
+                    match result {
+                        // Its turn came after it was deleted.
+                        Ok(_) | Err(controller::Error::ObjectNotFound(_)) => {}
+                        // Reconciles do not fail; what comes here is the watch.
+                        Err(error) => {
+                            warn!(error = chain(&error), "cannot watch AuditLogSweepers; trying again");
+                            failed.notify_one();
+                        }
+                    }
+                    context.memories.retain(&stores);
+                    futures::future::ready(())
+                }
+            });
+        async move {
+            tokio::select! {
+                () = controlled => {}
+                () = health.look_after(&store, &failed) => {}
+            }
+        }
+    }
+}
+
+/// The pauses before a watch that failed is tried again: doubling, with jitter.
+#[derive(Debug, Default)]
+struct Retry(u32);
+
+impl Iterator for Retry {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let (first, longest) = RETRY;
+        let pause = first.saturating_mul(2_u32.saturating_pow(self.0)).min(longest);
+        self.0 = self.0.saturating_add(1);
+        Some(pause.mul_f32(0.5 + fastrand::f32() / 2.0))
+    }
+}
+
+impl Backoff for Retry {
+    fn reset(&mut self) {
+        self.0 = 0;
+    }
+}
+
+/// Whether the watch can do its work, told to the readiness.
+struct Health {
+    /// The scope's name.
+    part: String,
+    objects: Objects,
+    selector: Option<String>,
+    readiness: Readiness,
+}
+
+impl Health {
+    /// Never returns while the store has a writer.
+    async fn look_after(&self, store: &Store<DeserializeGuard<AuditLogSweeper>>, failed: &Notify) {
+        let mut first = true;
+        loop {
+            if first {
+                tokio::select! {
+                    ready = store.wait_until_ready() => {
+                        if ready.is_err() {
+                            return;
+                        }
+                        first = false;
+                        self.ready();
+                        continue;
+                    }
+                    () = failed.notified() => {}
+                }
+            } else {
+                failed.notified().await;
+            }
+            // The watch does not say when it works again.
+            while let Err(error) = self.probe().await {
+                self.readiness.set(&self.part, Some(waited_for(&error)));
+                tokio::time::sleep(PROBE).await;
+            }
+            if first {
+                self.list_first();
+            } else {
+                self.ready();
+            }
+        }
+    }
+
+    fn list_first(&self) {
+        self.readiness.set(&self.part, Some(format!("the first list of AuditLogSweepers in {}", self.part)));
+    }
+
+    fn ready(&self) {
+        info!(scope = self.part, "watching");
+        self.readiness.set(&self.part, None);
+    }
+
+    async fn probe(&self) -> Result<(), ApiError> {
+        let one = ListParams { label_selector: self.selector.clone(), limit: Some(1), ..ListParams::default() };
+        within(self.objects.list_metadata(&one)).await.map(drop)
+    }
+}
+
+/// What would let the watch work.
+fn waited_for(error: &ApiError) -> String {
+    let what = match error.code() {
+        Some(404) => "the CustomResourceDefinition auditlogsweepers.auditlog.dev, which `audit-log-sweeper crd` prints",
+        Some(403) => "the right to list and watch auditlogsweepers",
+        Some(400) => "a label selector that the API server understands",
+        _ => "the API server",
+    };
+    format!("{what}: {}", chain(error))
+}
