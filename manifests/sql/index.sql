@@ -1,8 +1,9 @@
--- The index that a sweep reads. Not in a transaction: CONCURRENTLY lets the application go on writing.
+-- The index that a sweep reads. Not in a transaction: CONCURRENTLY lets the application go on writing. May be run again.
 --
--- When this is interrupted it leaves an invalid index, which IF NOT EXISTS takes for the real one. This must say t:
+-- When this is interrupted it leaves an invalid index, which IF NOT EXISTS takes for the real one. verify.sql then says f, and
+-- so does this:
 --     SELECT indisvalid FROM pg_index WHERE indexrelid = 'audit_log_incomplete_by_time_started'::regclass;
--- If it says f, run this first:
+-- If it says f, run this, and then this file again:
 --     DROP INDEX CONCURRENTLY audit_log_incomplete_by_time_started;
 --
 -- A partitioned table takes no CONCURRENTLY: it needs one index for each partition, attached to its own. For that, and

@@ -188,6 +188,32 @@ async fn the_crd_has_one_owner_and_another_release_can_take_it_over() {
     }
 }
 
+#[tokio::test]
+async fn installs_without_helm_and_helm_can_take_it_over() {
+    let cluster = Cluster::start().await;
+    let install = concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/install.yaml");
+    // As it stands, and again as for an upgrade.
+    for _ in 0..2 {
+        let answer = cluster.0.kubectl().args(["apply", "--server-side", "-f", install]).output().unwrap();
+        let said = String::from_utf8_lossy(&answer.stderr);
+        assert!(answer.status.success() && said.is_empty(), "{said}");
+    }
+    cluster.kubectl(&["wait", "--for=condition=Established", "--timeout=20s", &format!("crd/{CRD}")]);
+    let image =
+        ["get", "deployment", RELEASE.1, "-n", RELEASE.1, "-o", "jsonpath={.spec.template.spec.containers[0].image}"];
+    assert!(cluster.kubectl(&image).starts_with("audit-log-sweeper:"));
+
+    cluster.kubectl(&["apply", "-f", concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/sample.yaml")]);
+    let user = format!("--as=system:serviceaccount:{0}:{0}", RELEASE.1);
+    assert_eq!(cluster.kubectl(&["auth", "can-i", "watch", "als", "-A", &user]).trim(), "yes");
+    let uid = cluster.uid();
+    let chart = chart().display().to_string();
+    let take_over =
+        ["upgrade", "--install", RELEASE.1, &chart, "-n", RELEASE.1, "--take-ownership", "--force-conflicts"];
+    cluster.helm(&take_over);
+    assert_eq!((cluster.uid(), cluster.owner()), (uid, owner(RELEASE.1, RELEASE.1)));
+}
+
 fn owner(namespace: &str, name: &str) -> (String, String) {
     (namespace.to_owned(), name.to_owned())
 }

@@ -12,5 +12,6 @@ mod fixtures;
 mod isolation;
 mod outages;
 mod replicas;
+mod samples;
 mod scope;
 mod specs;

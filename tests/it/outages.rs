@@ -69,7 +69,7 @@ async fn twin(log: &Log, server: &PostgresServer) -> Log {
     let mut database = other.database;
     database.name.clone_from(&mine.name);
     let client = database.client().await.unwrap();
-    Log { database, client }
+    Log { database, client, pooler: None }
 }
 
 #[tokio::test]

@@ -278,16 +278,3 @@ async fn explain_reads_as_a_manual() {
     let all = output(operator.kubectl().args(["explain", "als", "--recursive"])).unwrap();
     assert!(all.contains("enum: Disable, Require, VerifyCA, VerifyFull"), "{all}");
 }
-
-#[tokio::test]
-async fn the_samples_apply_as_they_stand() {
-    let operator = Operator::absent().await;
-    for sample in ["sample.yaml", "sample-full.yaml"] {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/").to_owned() + sample;
-        output(operator.kubectl().args(["apply", "--server-side", "-f", &path])).unwrap();
-        manifest::read(&std::fs::read_to_string(&path).unwrap()).unwrap();
-        let object = operator.api().get("app").await.unwrap();
-        assert_eq!(object.spec.limit, 1000);
-        output(operator.kubectl().args(["delete", "als", "app"])).unwrap();
-    }
-}

@@ -1,6 +1,7 @@
 //! `cargo xtask`: what developers run beside cargo itself. Parses the command line and hands over to the command.
 
 mod demo;
+mod e2e;
 mod generate;
 mod history;
 mod image;
@@ -50,6 +51,18 @@ enum Task {
         #[arg(long, default_value = "release")]
         profile: String,
     },
+    /// Run the image and the chart on real pods, in the cluster of the current kubeconfig
+    E2e {
+        /// A command that brings an image archive, its last argument, to the nodes: "kind load image-archive"
+        #[arg(long, value_name = "COMMAND")]
+        load_image: String,
+        /// The address of this machine, where its pods reach the database
+        #[arg(long, value_name = "ADDRESS")]
+        database_host: String,
+        /// The profile of the build
+        #[arg(long, default_value = "release")]
+        profile: String,
+    },
     /// Play a history of writers, sweepers and killed backends, and check every promise on it
     History {
         #[arg(long, default_value_t = 60)]
@@ -72,6 +85,9 @@ fn main() -> ExitCode {
         Task::Test { postgres, pgbouncer, arguments } => test::run(postgres, pgbouncer, &arguments),
         Task::History { seconds, seed } => history::run(seconds, seed),
         Task::Image { name, profile } => image::run(name.as_deref(), &profile).map(|()| ExitCode::SUCCESS),
+        Task::E2e { load_image, database_host, profile } => {
+            e2e::run(&load_image, &database_host, &profile).map(|()| ExitCode::SUCCESS)
+        }
         Task::Mutants => mutants::run(),
         Task::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
         Task::Demo { keep } => demo::run(keep).map(|()| ExitCode::SUCCESS),

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::ServiceAccount;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role};
@@ -9,7 +10,7 @@ use kube::api::PostParams;
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 use support::control_plane::ControlPlane;
-use support::process::output;
+use support::process::{Program, output};
 use support::wait::eventually;
 
 use crate::fixtures::operator::{RELEASE, allow, chart, has, lease_rules};
@@ -22,6 +23,14 @@ fn rules() -> Value {
         { "apiGroups": ["auditlog.dev"], "resources": ["auditlogsweepers/status"], "verbs": ["patch"] },
         { "apiGroups": [""], "resources": ["secrets"], "verbs": ["get"] },
         { "apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"] },
+    ])
+}
+
+/// And about its lease.
+fn rules_for_lease(name: &str) -> Value {
+    json!([
+        { "apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"] },
+        { "apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "resourceNames": [name], "verbs": ["get", "update"] },
     ])
 }
 
@@ -45,9 +54,9 @@ async fn works_with_the_charts_rights_and_with_none_less() {
     let (client, plane) = (operator.client.clone(), operator.plane);
     let chart_role = Api::<ClusterRole>::all(client.clone()).get(RELEASE.1).await.unwrap();
     assert_eq!(json!(chart_role.rules), rules());
-    let mut rules = rules().as_array().unwrap().clone();
-    rules.extend(lease_rules(&client).await);
-    let roles = roles(&rules);
+    assert_eq!(json!(lease_rules(&client).await), rules_for_lease(RELEASE.1));
+    let both = [rules(), rules_for_lease(RELEASE.1)].map(|rules| rules.as_array().unwrap().clone());
+    let roles = roles(&both.concat());
     assert_eq!(roles.len(), 11, "all, and without each verb");
     let works = futures::future::join_all(roles.into_iter().map(|(what, rules)| {
         let client = client.clone();
@@ -68,42 +77,50 @@ async fn works_with_the_charts_rights_and_with_none_less() {
 
 #[tokio::test]
 async fn works_with_roles_alone_and_sees_no_other_namespace() {
-    let mut operator = Operator::absent().await;
-    let (plane, namespace, client) = (operator.plane, operator.namespace.clone(), operator.client.clone());
-    let helm = |args: &[&str]| output(plane.helm().args(args).args(["-n", &namespace])).unwrap();
+    // The release is in the first namespace, and works in both.
+    let places = [Operator::absent().await, Operator::absent().await];
+    let (plane, client) = (places[0].plane, places[0].client.clone());
+    let [home, away] = [&places[0].namespace, &places[1].namespace];
+    let helm = |args: &[&str]| output(plane.helm().args(args).args(["-n", home])).unwrap();
     let chart = chart().display().to_string();
-    let watch = format!("watchNamespaces={{{namespace}}}");
+    let watch = format!("watchNamespaces={{{home},{away}}}");
     helm(&["install", "team", &chart, "--set", "crds.enabled=false", "--set", &watch]);
     let account = "team-audit-log-sweeper";
 
-    let roles: Api<Role> = Api::namespaced(client.clone(), &namespace);
-    assert_eq!(json!(roles.get(account).await.unwrap().rules), rules(), "the same as the ClusterRole's");
-    assert_eq!(
-        json!(roles.get(&format!("{account}-lease")).await.unwrap().rules),
-        json!([
-            { "apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"] },
-            { "apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "resourceNames": [account], "verbs": ["get", "update"] },
-        ])
-    );
+    for namespace in [home, away] {
+        let role = Api::<Role>::namespaced(client.clone(), namespace).get(account).await.unwrap();
+        assert_eq!(json!(role.rules), rules(), "the same as the ClusterRole's");
+    }
+    let lease = Api::<Role>::namespaced(client.clone(), home).get(&format!("{account}-lease")).await.unwrap();
+    assert_eq!(json!(lease.rules), rules_for_lease(account));
     let clusterwide = output(plane.kubectl().args(["get", "clusterroles,clusterrolebindings", "-o", "name"])).unwrap();
     assert!(!clusterwide.contains(account), "{clusterwide}");
     let may = |verb: &str, what: &str, place: &str| {
-        let user = format!("--as=system:serviceaccount:{namespace}:{account}");
+        let user = format!("--as=system:serviceaccount:{home}:{account}");
         let answer = plane.kubectl().args(["auth", "can-i", verb, what, "-n", place, &user]).output().unwrap();
         String::from_utf8(answer.stdout).unwrap().trim() == "yes"
     };
-    assert!(may("get", "secrets", &namespace) && may("watch", "als", &namespace));
-    assert!(!may("get", "secrets", "default") && !may("get", "als", "default") && !may("list", "secrets", &namespace));
+    assert!(may("get", "secrets", away) && may("watch", "als", away));
+    assert!(!may("get", "secrets", "default") && !may("get", "als", "default") && !may("list", "secrets", home));
 
-    let token = plane.service_account_token(&namespace, account).await.unwrap();
-    operator.start_as(&token, &[&format!("--lease-name={account}")]);
-    let log = Log::new().await;
-    log.start(1, "2 h").await;
-    operator.secret_for(&log).await;
-    operator.apply("app", json!({})).await;
-    operator.until("app", "a sweep", |status| has(status, "Ready=True/Swept")).await;
-    assert_eq!(log.timed_out().await, [1]);
-    operator.terminate().await;
+    // With the chart's own arguments.
+    let deployment = Api::<Deployment>::namespaced(client.clone(), home).get(account).await.unwrap();
+    let args = deployment.spec.unwrap().template.spec.unwrap().containers.remove(0).args.unwrap();
+    let token = plane.service_account_token(home, account).await.unwrap();
+    let program = Program::ours("team", env!("CARGO_BIN_EXE_audit-log-sweeper"))
+        .env("KUBECONFIG", plane.kubeconfig_for(&token, home).unwrap())
+        .env("POD_NAMESPACE", home);
+    let args = args.iter().map(|arg| if arg.contains("health") { "--health-address=127.0.0.1:0" } else { arg });
+    let process = args.fold(program, Program::arg).start(&places[0].scratch).unwrap();
+    for place in &places {
+        let log = Log::new().await;
+        log.start(1, "2 h").await;
+        place.secret_for(&log).await;
+        place.apply("app", json!({})).await;
+        place.until("app", "a sweep", |status| has(status, "Ready=True/Swept")).await;
+        assert_eq!(log.timed_out().await, [1]);
+    }
+    process.stop();
     helm(&["uninstall", "team"]);
 }
 

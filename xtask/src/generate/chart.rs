@@ -23,6 +23,7 @@ const NAMESPACE: &str = "audit-log-sweeper";
 const INSTALL_HEAD: &str = "\
 # All that the chart installs with its defaults, for `kubectl apply --server-side -f`. Made by `cargo xtask generate`.
 # The image is not published yet: put the name of yours in place of `audit-log-sweeper:`.
+# `kubectl delete -f` takes the CRD away too, and with it every AuditLogSweeper.
 apiVersion: v1
 kind: Namespace
 metadata:
