@@ -84,8 +84,8 @@ async fn the_healthy_are_on_time_beside_the_slow_and_the_silent() {
         () = watch => {}
     }
     assert_eq!(healthy.timed_out().await, (1..=20).collect::<Vec<_>>());
-    let status = operator.until("silent-0", "the failure", |s| has(s, "Ready=False/DatabaseUnreachable")).await;
-    assert!(status["lastError"]["message"].as_str().unwrap().contains("no answer within"), "{status:#}");
+    let status = operator.until("silent-0", "the failure", |s| has(s, "Ready=False/LoginTimeout")).await;
+    assert!(status["lastError"]["message"].as_str().unwrap().contains("did not let us log in within"), "{status:#}");
 }
 
 #[tokio::test]
