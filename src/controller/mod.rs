@@ -12,6 +12,8 @@ pub mod lease;
 pub mod memory;
 pub mod notice;
 pub mod outcome;
+#[cfg(test)]
+mod properties;
 pub mod publish;
 pub mod reconcile;
 pub mod resolve;

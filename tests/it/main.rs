@@ -6,6 +6,7 @@
 mod api_faults;
 mod chart;
 mod cli;
+mod conditions;
 mod controller;
 mod database;
 mod fixtures;
