@@ -43,11 +43,14 @@ impl Notice {
 pub fn notices(update: &Update, old: &AuditLogSweeperStatus, new: &AuditLogSweeperStatus) -> Vec<Notice> {
     let mut notices = vec![];
     if new.last_handled_request != old.last_handled_request {
-        let note = match update {
-            Update::Suspended { .. } => "a sweep was requested; it does not run, since spec.suspend is true",
-            _ => "a sweep was requested, and made",
-        };
-        notices.push(Notice::new(false, "SweepRequested", "Sweep", note));
+        // Of two events that differ in their note alone, only the first note is shown.
+        notices.push(match update {
+            Update::Suspended { .. } => {
+                let note = "a sweep was requested; it does not run, since spec.suspend is true";
+                Notice::new(false, "SweepRequested", "Skip", note)
+            }
+            _ => Notice::new(false, "SweepRequested", "Sweep", "a sweep was requested, and made"),
+        });
     }
     let suspended = |status: &AuditLogSweeperStatus| {
         conditions::find(&status.conditions, ConditionType::Suspended).is_some_and(|c| c.status == "True")

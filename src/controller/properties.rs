@@ -153,12 +153,7 @@ fn sweeps_are_never_too_near_and_never_too_far_apart_in_any_course_of_events() {
                 if let Some(last) = &last {
                     let gap = begun.at - last.at;
                     let near = gap * 2 < TimeDelta::seconds(period);
-                    let may = excuse
-                        || begun.retry
-                        || begun.trigger == Trigger::Request
-                        || last.failed
-                        || last.trigger == Trigger::Request && last.failed
-                        || before.2 > 0;
+                    let may = excuse || begun.retry || begun.trigger == Trigger::Request || last.failed || before.2 > 0;
                     assert!(!near || may, "seed {seed}, step {step}: {begun:?} {gap} after {last:?}");
                 }
                 let idle = begun.at - idle_since;

@@ -13,6 +13,7 @@ mod fixtures;
 mod isolation;
 mod outages;
 mod replicas;
+mod requests;
 mod samples;
 mod scope;
 mod specs;
