@@ -90,7 +90,7 @@ pub struct AuditLogSweeperStatus {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LastSweep {
-    /// The slot of the schedule.
+    /// The slot of the schedule; of a sweep on request, when it was made.
     pub schedule_time: DateTime<Utc>,
     /// When the last attempt began.
     pub start_time: DateTime<Utc>,

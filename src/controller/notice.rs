@@ -105,3 +105,16 @@ pub fn notices(update: &Update, old: &AuditLogSweeperStatus, new: &AuditLogSweep
     }
     notices
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_is_cut_between_characters() {
+        let notice = Notice::new(true, "SweepFailed", "Sweep", "ä".repeat(2000) + "€");
+        assert_eq!((notice.note.len(), notice.note.chars().count()), (1024, 512));
+        let notice = Notice::new(true, "SweepFailed", "Sweep", format!("x{}", "€".repeat(2000)));
+        assert_eq!(notice.note.len(), 1 + 341 * 3);
+    }
+}

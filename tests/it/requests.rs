@@ -272,6 +272,24 @@ async fn helm_waits_until_an_object_of_a_release_was_swept() {
 }
 
 #[tokio::test]
+async fn what_another_manager_wrote_into_the_status_stays() {
+    let (log, operator) = (Log::new().await, Operator::new().await);
+    operator.secret_for(&log).await;
+    operator.apply("app", json!({ "period": "8760h" })).await;
+    operator.until("app", "the first sweep", |s| s["lastSweep"] != Value::Null).await;
+    let condition = json!({ "type": "Approved", "status": "True", "reason": "ByHand", "message": "by a person",
+                            "lastTransitionTime": "2026-01-01T00:00:00Z" });
+    let theirs = json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app" },
+                         "status": { "conditions": [condition], "consecutiveFailures": 7 } });
+    let params = kube::api::PatchParams::apply("somebody").force();
+    operator.api().patch_status("app", &params, &kube::api::Patch::Apply(&theirs)).await.unwrap();
+    operator.request("one");
+    let status = operator.until("app", "the sweep", |s| s["lastHandledRequest"] == json!("one")).await;
+    assert!(has(&status, "Approved=True/ByHand") && has(&status, "Ready=True/Swept"), "{status:#}");
+    assert_eq!(status["consecutiveFailures"], json!(0), "what is ours is taken back: {status:#}");
+}
+
+#[tokio::test]
 async fn a_status_that_is_refused_repeats_no_sweep() {
     let tools = tokio::task::spawn_blocking(Tools::ensure).await.unwrap().unwrap();
     let plane = ControlPlane::start(&tools).await.unwrap();

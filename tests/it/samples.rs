@@ -160,6 +160,32 @@ async fn the_one_for_cloudnative_pg_takes_its_secrets_as_they_are() {
 }
 
 #[tokio::test]
+async fn the_one_for_crunchy_takes_its_secrets_as_they_are() {
+    let place = Place::new().await;
+    let others = ["jdbc-uri", "verifier", "pgbouncer-uri", "pgbouncer-host", "pgbouncer-port", "pgbouncer-jdbc-uri"];
+    let database = place.uri.rsplit('/').next().unwrap();
+    let port = place.log.database.port.to_string();
+    let (login, address) = place.uri.trim_start_matches("postgresql://").split_once('@').unwrap();
+    let (user, password) = login.split_once(':').unwrap();
+    assert!(address.starts_with("127.0.0.1:"));
+    let keys = [("host", "127.0.0.1"), ("port", &port), ("dbname", database), ("user", user), ("password", password)];
+    // Once with its uri, once with the keys that it is made of.
+    for uri in [Some(("uri", place.uri.as_str())), None] {
+        place.log.run("UPDATE audit_log SET time_completed = NULL, result_kind = NULL").await;
+        place.operator.kubectl().args(["delete", "als,secrets", "--all"]).output().unwrap();
+        let mut data: Vec<(&str, &str)> = others.map(|key| (key, "nowhere")).to_vec();
+        match uri {
+            Some(uri) => data.extend(keys.map(|(key, _)| (key, "nowhere")).into_iter().chain([uri])),
+            None => data.extend(keys),
+        }
+        place.operator.secret("hippo-pguser-app", &data).await;
+        place.operator.secret("hippo-cluster-cert", &[("ca.crt", &place.server.ca_pem())]).await;
+        place.apply("sample-crunchy.yaml");
+        place.swept("hippo", "Swept", &[1, 2, 3]).await;
+    }
+}
+
+#[tokio::test]
 async fn the_one_that_observes_counts_and_changes_nothing() {
     let place = Place::new().await;
     let before = place.log.rows().await;
@@ -192,8 +218,14 @@ async fn every_sample_is_one_of_those() {
         .filter(|name| name.starts_with("sample"))
         .collect();
     files.sort();
-    let tested =
-        ["sample-cloudnative-pg.yaml", "sample-full.yaml", "sample-observe.yaml", "sample-omicron.yaml", "sample.yaml"];
+    let tested = [
+        "sample-cloudnative-pg.yaml",
+        "sample-crunchy.yaml",
+        "sample-full.yaml",
+        "sample-observe.yaml",
+        "sample-omicron.yaml",
+        "sample.yaml",
+    ];
     assert_eq!(files, tested);
 }
 
