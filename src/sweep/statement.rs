@@ -179,6 +179,11 @@ pub fn explain(plan: &Plan, statement_timeout: Duration) -> String {
     )
 }
 
+/// Evaluates a SELECT under the settings of a sweep; what it calls can change nothing.
+pub fn read_only(select: &str, statement_timeout: Duration) -> String {
+    format!("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{select}; COMMIT", settings(statement_timeout))
+}
+
 /// Counts the stale rows beyond the cursor, up to one more than `bound`.
 pub fn backlog(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, bound: i64, statement_timeout: Duration) -> String {
     let stale = stale(plan, cutoff, cursor);

@@ -62,8 +62,8 @@ pub struct Table {
     pub rules: Vec<String>,
     /// Triggers on UPDATE that are in force.
     pub triggers: Vec<Trigger>,
-    /// CHECKs that are NOT VALID, with the relation that they are on.
-    pub unvalidated: Vec<Constraint>,
+    /// CHECKs and foreign keys that are in force, here and on partitions.
+    pub constraints: Vec<Constraint>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -73,6 +73,10 @@ pub struct Column {
     pub type_schema: String,
     #[serde(rename = "type")]
     pub type_name: String,
+    /// The type as SQL writes it, with its schema unless that is `pg_catalog`.
+    pub type_text: String,
+    /// ` COLLATE ...`, unless the collation is that of the type.
+    pub collate: String,
     /// The type's modifier: the digits of a second for a timestamptz, or -1.
     pub typmod: i64,
     /// NULL is refused, and was always.
@@ -107,6 +111,12 @@ pub struct Constraint {
     pub schema: String,
     pub table: String,
     pub name: String,
+    /// Old rows are known not to break it.
+    pub validated: bool,
+    /// What a CHECK evaluates. None: a foreign key.
+    pub expression: Option<String>,
+    /// The columns that it reads; None: all.
+    pub columns: Vec<Option<String>>,
 }
 
 /// The table, a partition or a child.
@@ -216,6 +226,8 @@ fn about_table() -> String {
                          OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = tree.oid \
                          AND d.objsubid = p.attnum AND d.refclassid = 'pg_class'::regclass AND d.refobjid = tree.oid \
                          AND d.refobjsubid = 0 AND d.deptype = 'i'))";
+    let collate =
+        "CASE WHEN a.attcollation <> t.typcollation THEN ' COLLATE ' || a.attcollation::regcollation ELSE '' END";
     let labels = "(SELECT json_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = t.oid)";
     let views = list(
         "DISTINCT v.relname",
@@ -225,7 +237,8 @@ fn about_table() -> String {
     );
     let columns = list(
         &format!(
-            "json_build_object('name', a.attname, 'type_schema', tn.nspname, 'type', t.typname, 'typmod', a.atttypmod, \
+            "json_build_object('name', a.attname, 'type_schema', tn.nspname, 'type', t.typname, \
+             'type_text', format_type(a.atttypid, a.atttypmod), 'collate', {collate}, 'typmod', a.atttypmod, \
              'not_null', {not_null}, 'generated', {generated}, 'partition_key', {partition_key}, \
              'select', has_column_privilege(c.oid, a.attnum, 'SELECT'), \
              'update', has_column_privilege(c.oid, a.attnum, 'UPDATE'), \
@@ -251,16 +264,24 @@ fn about_table() -> String {
         "pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid WHERE g.tgrelid IN (SELECT tree.oid FROM tree) \
          AND NOT g.tgisinternal AND g.tgparentid = 0 AND g.tgtype & 16 <> 0 AND g.tgenabled IN ('O', 'A')",
     );
-    let unvalidated = list(
-        "json_build_object('schema', s.nspname, 'table', o.relname, 'name', k.conname) ORDER BY o.relname, k.conname",
+    // A CHECK without columns has no conkey.
+    let of_constraint = list(
+        "a.attname ORDER BY a.attnum",
+        "unnest(k.conkey) AS key(attnum) LEFT JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = key.attnum",
+    );
+    let constraints = list(
+        &format!(
+            "json_build_object('schema', s.nspname, 'table', o.relname, 'name', k.conname, 'validated', k.convalidated, \
+             'expression', pg_get_expr(k.conbin, k.conrelid), 'columns', {of_constraint}) ORDER BY o.relname, k.conname"
+        ),
         "pg_constraint k JOIN pg_class o ON o.oid = k.conrelid JOIN pg_namespace s ON s.oid = o.relnamespace \
-         WHERE k.conrelid IN (SELECT tree.oid FROM tree) AND k.contype = 'c' AND NOT k.convalidated AND k.coninhcount = 0 \
+         WHERE k.conrelid IN (SELECT tree.oid FROM tree) AND k.contype IN ('c', 'f') AND k.coninhcount = 0 \
          AND coalesce((to_jsonb(k) ->> 'conenforced')::boolean, true)",
     );
     format!(
         "SELECT json_build_object('owner', pg_get_userbyid(c.relowner), 'owned', pg_has_role(c.relowner, 'USAGE'), \
            'row_security', c.relrowsecurity, 'force_row_security', c.relforcerowsecurity, 'columns', {columns}, \
-           'rules', {rules}, 'triggers', {triggers}, 'unvalidated', {unvalidated}) \
+           'rules', {rules}, 'triggers', {triggers}, 'constraints', {constraints}) \
          FROM pg_class c WHERE c.oid = (SELECT tree.oid FROM tree WHERE tree.level = 0)"
     )
 }

@@ -201,6 +201,11 @@ impl Checked {
         self.passed.push((subject, seen.into()));
     }
 
+    /// Takes back that nothing was found.
+    pub(super) fn unpass(&mut self, subject: Subject) {
+        self.passed.retain(|(passed, _)| *passed != subject);
+    }
+
     pub(super) fn find(
         &mut self,
         subject: Subject,

@@ -271,7 +271,7 @@ impl Judge<'_> {
     }
 
     fn constraints(&self, checked: &mut Checked) {
-        for constraint in &self.table.unvalidated {
+        for constraint in self.table.constraints.iter().filter(|c| c.expression.is_some() && !c.validated) {
             let (table, name) = (qualified(&constraint.schema, &constraint.table), quoted(&constraint.name));
             let message = format!(
                 "{name} on {table} is NOT VALID: old rows may break it, and it then refuses to complete them. The SQL \

@@ -1,5 +1,5 @@
-//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `columns`, `index`) and says what mends
-//! what it found (`finding`, `mend`).
+//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `columns`, `index`), tries the values
+//! (`values`) and says what mends what it found (`finding`, `mend`).
 
 mod catalog;
 mod columns;
@@ -7,6 +7,7 @@ mod finding;
 mod index;
 mod judge;
 mod mend;
+mod values;
 
 use std::time::Duration;
 
@@ -62,13 +63,44 @@ async fn look(session: &Session, plan: &Plan) -> Result<Checked, Error> {
         return Ok(checked);
     }
     match steps(session, plan).await {
-        Ok(steps) => judge::statement(&steps, &mut checked),
+        Ok(steps) => {
+            try_values(session, plan, &facts, &mut checked).await?;
+            judge::statement(&steps, &mut checked);
+        }
         Err(error) if error.class() == Class::Transient && error.reason() != Reason::DatabaseError => {
             return Err(error);
         }
         Err(error) => judge::refused_statement(&error, &mut checked),
     }
     Ok(checked)
+}
+
+/// Has the server evaluate what planning leaves for each row: domains, and the CHECKs that the values decide.
+async fn try_values(
+    session: &Session,
+    plan: &Plan,
+    facts: &catalog::Catalog,
+    checked: &mut Checked,
+) -> Result<(), Error> {
+    let Some(table) = &facts.table else { return Ok(()) };
+    for trial in values::trials(plan, table) {
+        let sql = statement::read_only(&trial.sql, timeout(plan));
+        match session.query(Step::Preflight, &sql, TIMEOUT).await {
+            Ok(answer) => {
+                let answer = statement::last_row(&answer).and_then(|row| statement::text(row, 0));
+                values::trial(&trial, Ok(answer), checked);
+            }
+            Err(error) => {
+                session.rollback().await;
+                if error.sqlstate().is_none() || session.is_closed() {
+                    return Err(error);
+                }
+                values::trial(&trial, Err(&error), checked);
+            }
+        }
+    }
+    values::untried(plan, facts, table, checked);
+    Ok(())
 }
 
 /// A statement of the preflight takes no longer than one of the sweep.

@@ -3,6 +3,7 @@
 mod fields;
 mod indexes;
 mod sql;
+mod values;
 mod whole;
 
 use audit_log_sweeper::api::Reason;

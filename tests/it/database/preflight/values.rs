@@ -1,0 +1,107 @@
+//! Values that the server plans without a word and then refuses for every row.
+
+use audit_log_sweeper::api::Reason::{RowRefused, SchemaMismatch};
+use audit_log_sweeper::sweep::preflight::Severity::{Blocking, Warning};
+use audit_log_sweeper::sweep::preflight::{Fix, Subject};
+use serde_json::{Value, json};
+
+use super::{INDEX, PARTITIONED, Stage, TABLE};
+use crate::fixtures::id;
+
+fn column(type_: &str) -> String {
+    format!("{}; {INDEX}", TABLE.replace("result_kind text", &format!("result_kind {type_}")))
+}
+
+fn value(value: &str) -> Value {
+    json!({ "complete": [{ "column": "result_kind", "value": value }] })
+}
+
+#[tokio::test]
+async fn a_value_that_a_check_or_a_domain_refuses_blocks() {
+    let null = json!({ "complete": [{ "column": "result_kind", "setNull": true }] });
+    let (domain, not_null) = (
+        format!("CREATE DOMAIN kind AS text CHECK (VALUE IN ('success', 'error')); {}", column("kind")),
+        format!("CREATE DOMAIN kind AS text NOT NULL DEFAULT ''; {}", column("kind")),
+    );
+    let list = "CHECK (result_kind IN ('success', 'error'))";
+    let whole = format!(
+        "{PARTITIONED}; {INDEX}; ALTER TABLE audit_log ADD CONSTRAINT known {list} NOT VALID; \
+                         ALTER TABLE audit_log VALIDATE CONSTRAINT known"
+    );
+    let part = format!("{PARTITIONED}; {INDEX}; ALTER TABLE p2a ADD CONSTRAINT known {list}");
+    let bad = value("timeout");
+    let cases = [
+        (
+            column(&format!("text CONSTRAINT known {list}")),
+            &bad,
+            value("error"),
+            "\"known\" on \"public\".\"audit_log\" refuses",
+        ),
+        (column(&format!("varchar(20) {list}")), &bad, value("error"), "refuses what a sweep sets"),
+        (whole, &bad, value("error"), "\"known\" on \"public\".\"audit_log\" refuses"),
+        (part, &bad, value("error"), "\"known\" on \"public\".\"p2a\" refuses"),
+        (column("text CHECK ((result_kind IS NULL) = (time_completed IS NULL))"), &null, bad.clone(), "refuses what"),
+        (domain, &bad, value("error"), "(of type public.kind) cannot hold what spec.complete[0].value sets"),
+        (not_null, &null, value("x"), "(of type public.kind) cannot hold what spec.complete[0].setNull sets"),
+        (column("text CHECK (result_kind::int > 0)"), &bad, value("7"), "(SQLSTATE 22P02)"),
+    ];
+    for (table, spec, mended, says) in cases {
+        let stage = Stage::new(&table).await;
+        let checked = stage.check(spec).await;
+        let [found] = checked.findings.as_slice() else { panic!("{table}: {checked:#?}") };
+        assert_eq!((found.subject, found.severity, found.reason), (Subject::Complete, Blocking, SchemaMismatch));
+        assert!(found.message.contains(says), "{table}: {}", found.message);
+        assert!(checked.passed.iter().all(|(subject, _)| *subject != Subject::Complete), "{checked:#?}");
+        let part = if spec == &null { "setNull" } else { "value" };
+        assert_eq!(found.fix, Some(Fix::Field(format!("spec.complete[0].{part}"))), "{table}");
+        let after = stage.check(&mended).await;
+        assert!(after.findings.is_empty(), "{table}: {after:#?}");
+        stage.sweeps(&id(1), &mended).await.unwrap();
+        // What was found is so: the same row would have been refused.
+        stage.log.run("DELETE FROM audit_log").await;
+        stage.sweeps(&id(2), spec).await.unwrap_err();
+    }
+}
+
+#[tokio::test]
+async fn what_passes_in_the_column_is_not_refused_by_the_check() {
+    let collation = "CREATE COLLATION blind (provider = icu, locale = 'und-u-ks-level2', deterministic = false)";
+    for table in [
+        format!("{collation}; {}", column("text COLLATE blind CHECK (result_kind = 'TIMEOUT')")),
+        column("text CHECK (result_kind <> NULL)"),
+        column("char(9) CHECK (result_kind = 'timeout')"),
+        // Only the time of the row tells.
+        column("text, CHECK (time_completed >= time_started)"),
+    ] {
+        let stage = Stage::new(&table).await;
+        let checked = stage.check(&json!({})).await;
+        assert!(checked.findings.is_empty(), "{table}: {checked:#?}");
+        stage.sweeps(&id(1), &json!({})).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_only_rows_can_tell_is_a_warning() {
+    let kinds = "CREATE TABLE kinds (k text PRIMARY KEY); INSERT INTO kinds VALUES ('timeout')";
+    let secret = "CREATE FUNCTION known(text) RETURNS boolean LANGUAGE plpgsql AS \
+                  $$ BEGIN RAISE EXCEPTION 'secret row'; END $$";
+    for (table, says) in [
+        (column("text CHECK (result_kind <> note)"), "which also reads what a sweep does not set, may refuse rows"),
+        (format!("{kinds}; {}", column("text REFERENCES kinds")), "the foreign key \"audit_log_result_kind_fkey\""),
+        (column("text UNIQUE"), "the unique index \"public\".\"audit_log_result_kind_key\" may refuse rows"),
+        (format!("{secret}; {}", column("text CHECK (known(result_kind))")), "could not be tried (SQLSTATE P0001)"),
+    ] {
+        let stage = Stage::new(&table).await;
+        let checked = stage.check(&json!({})).await;
+        let [found] = checked.findings.as_slice() else { panic!("{table}: {checked:#?}") };
+        assert_eq!((found.subject, found.severity, found.reason), (Subject::Complete, Warning, RowRefused));
+        assert!(found.message.contains(says) && !found.message.contains("secret"), "{table}: {}", found.message);
+        assert!(checked.ready() && found.fix.is_none());
+    }
+    // NULL refers to nothing and equals nothing, and a key that is in it stays unique.
+    let null = json!({ "complete": [{ "column": "result_kind", "setNull": true }] });
+    let stage = Stage::new(&format!("{kinds}; {}", column("text UNIQUE REFERENCES kinds"))).await;
+    assert!(stage.check(&null).await.findings.is_empty());
+    let stage = Stage::new(&column("text, UNIQUE (result_kind, id)")).await;
+    assert!(stage.check(&json!({})).await.findings.is_empty());
+}
