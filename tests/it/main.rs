@@ -10,6 +10,7 @@ mod controller;
 mod database;
 mod fixtures;
 mod isolation;
+mod metrics;
 mod outages;
 mod replicas;
 mod samples;
