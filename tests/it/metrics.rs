@@ -12,7 +12,7 @@ use support::wait::eventually;
 use crate::fixtures::operator::{PATIENCE, has, probe, replica};
 use crate::fixtures::{Log, Operator};
 
-const PREFIX: &str = "audit_log_sweeper_";
+pub const PREFIX: &str = "audit_log_sweeper_";
 
 /// Every family of an object, without the prefix, and its type.
 const OBJECT: [(&str, &str); 12] = [
@@ -40,6 +40,21 @@ const PROCESS: [(&str, &str); 7] = [
     ("objects", "gauge"),
     ("leader", "gauge"),
 ];
+
+/// The names of all samples that are exposed, but for those of histograms, with the prefix.
+pub fn samples() -> BTreeSet<String> {
+    let suffix = |kind| match kind {
+        "counter" => "_total",
+        "info" => "_info",
+        _ => "",
+    };
+    families().map(|(name, kind)| format!("{PREFIX}{name}{}", suffix(kind))).collect()
+}
+
+/// Every family and its type.
+fn families() -> impl Iterator<Item = (&'static str, &'static str)> {
+    OBJECT.into_iter().chain(PROCESS)
+}
 
 /// A scrape: every sample by its name without the prefix and its labels, and every family with its type.
 #[derive(Debug, Default)]
@@ -206,8 +221,7 @@ async fn every_value_is_that_of_the_status_and_goes_with_the_object() {
     assert!(scrape.gauges(&operator, "bad")["consecutive_failures"] >= 1.0);
     assert_eq!(scrape.gauges(&operator, "off")["suspended"], 1.0);
 
-    let promised: BTreeMap<_, _> =
-        OBJECT.iter().chain(&PROCESS).map(|(name, kind)| ((*name).to_owned(), (*kind).to_owned())).collect();
+    let promised: BTreeMap<_, _> = families().map(|(name, kind)| (name.to_owned(), kind.to_owned())).collect();
     assert_eq!(scrape.families, promised);
     assert_eq!(scrape.objects(), ["app", "bad", "off"].into());
     let namespace = operator.namespace.clone();
