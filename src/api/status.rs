@@ -19,7 +19,8 @@ pub struct AuditLogSweeperStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// Ready, DatabaseReachable, BacklogBounded and Suspended always; Reconciling and Stalled only while they are true.
+    /// Ready, DatabaseReachable, SchemaReady, BacklogBounded and Suspended always; Reconciling and Stalled only while
+    /// they are true.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     #[schemars(length(max = 32))]

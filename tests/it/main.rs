@@ -8,6 +8,7 @@ mod chart;
 mod cli;
 mod controller;
 mod database;
+mod docs;
 mod fixtures;
 mod isolation;
 mod metrics;
