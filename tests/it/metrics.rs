@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use support::process::{Process, output};
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, has, probe, replica};
+use crate::fixtures::operator::{PATIENCE, ask, has, probe, replica};
 use crate::fixtures::{Log, Operator};
 
 pub const PREFIX: &str = "audit_log_sweeper_";
@@ -236,6 +236,12 @@ async fn every_value_is_that_of_the_status_and_goes_with_the_object() {
     let build = scrape.samples.keys().find(|(name, _)| name == "build_info").unwrap();
     assert_eq!((build.1["version"].as_str(), build.1.len()), (env!("CARGO_PKG_VERSION"), 2));
     let text = probe(&operator.log(), "/metrics").await.unwrap();
+    // Prometheus goes by it, and takes nothing without.
+    let head = ask(&operator.log(), "/metrics").await.unwrap().to_lowercase();
+    assert!(
+        head.contains("\r\ncontent-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"),
+        "{head}"
+    );
     assert!(!text.contains(&log.database.password) && !text.contains("postgres"), "{text}");
 
     // One more by request, and the counts go on.
