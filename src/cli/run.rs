@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -16,6 +17,7 @@ use crate::controller::lease::{self, Leadership, LeaseSettings};
 use crate::controller::{self, Settings};
 use crate::schedule::hash;
 use crate::telemetry::http::{self, Readiness};
+use crate::telemetry::metrics::Metrics;
 use crate::telemetry::{LogFormat, LogLevel, log_panics, start_logs};
 
 /// From SIGTERM on, running sweeps have this long to end and be published.
@@ -32,7 +34,7 @@ pub struct Run {
     /// Work on objects with these labels only, such as shard=a: several installs may share a cluster
     #[arg(long)]
     selector: Option<String>,
-    /// Where to serve /healthz and /readyz
+    /// Where to serve /healthz, /readyz and /metrics
     #[arg(long, default_value = "0.0.0.0:8080")]
     health_address: SocketAddr,
     /// The most sweeps at once
@@ -41,6 +43,10 @@ pub struct Run {
     /// The most sweeps at once on one database server
     #[arg(long, default_value = "3", value_parser = clap::value_parser!(u16).range(1..))]
     max_sweeps_per_server: u16,
+    /// Show series of each object in /metrics. Without, only those of the process
+    #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true",
+        require_equals = true)]
+    object_metrics: bool,
     /// Work only while this replica holds the lease. Without it, never run two
     #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true",
         require_equals = true)]
@@ -131,10 +137,11 @@ async fn operate(args: Run) -> anyhow::Result<()> {
         selector: args.selector,
         max_concurrent_sweeps: args.max_concurrent_sweeps.into(),
         max_sweeps_per_server: args.max_sweeps_per_server.into(),
+        object_metrics: args.object_metrics,
         instance: args.pod_name.clone().filter(|name| !name.is_empty()),
         default_roots,
     };
-    let readiness = Readiness::default();
+    let (readiness, metrics) = (Readiness::default(), Arc::new(Metrics::default()));
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         health_address = %listener.local_addr()?,
@@ -144,17 +151,21 @@ async fn operate(args: Run) -> anyhow::Result<()> {
         identity = lease.identity,
         "starting"
     );
-    let mut served = tokio::spawn(http::serve(listener, readiness.clone(), stop.clone()));
+    let mut served = tokio::spawn(http::serve(listener, readiness.clone(), metrics.clone(), stop.clone()));
     let ended = CancellationToken::new();
     let (mut elected, leadership) = if leader_elect {
         readiness.set(lease::PART, Some(format!("the first look at Lease {}/{}", lease.namespace, lease.name)));
         let (sender, leadership) = Leadership::elected();
         let (readiness, stop, ended) = (readiness.clone(), stop.clone(), ended.clone());
-        (tokio::spawn(lease::elect(client.clone(), lease, sender, readiness, stop, ended)), leadership)
+        let instruments = metrics.instruments.clone();
+        (tokio::spawn(lease::elect(client.clone(), lease, sender, readiness, instruments, stop, ended)), leadership)
     } else {
         (tokio::spawn(ended.clone().cancelled_owned()), Leadership::always(&stop))
     };
-    let mut controlled = tokio::spawn(controller::run(client, settings, leadership, readiness, stop.clone()));
+    let mut controlled = tokio::spawn({
+        let stop = stop.clone();
+        async move { controller::run(client, settings, leadership, readiness, &metrics, stop).await }
+    });
     // Whichever long-lived task ends first, the process ends with it.
     tokio::select! {
         biased;

@@ -1,6 +1,7 @@
-//! What the process shows of itself: its logs, and whether it lives.
+//! What the process shows of itself: its logs, whether it lives, and its metrics.
 
 pub mod http;
+pub mod metrics;
 
 use clap::ValueEnum;
 use tracing_subscriber::filter::LevelFilter;
