@@ -277,6 +277,8 @@ mod tests {
             ("@:/#% x", "@:/#% x"),
             ("%40%3A%2F%23%25%20x", "@:/#% x"),
             ("päss", "päss"),
+            // Bytes that are no text: nobody encoded it.
+            ("p%E4ss", "p%E4ss"),
             ("", ""),
         ] {
             let parsed = parsed(&format!("postgresql://app:{written}@db.example.org:5433/app?connect_timeout=3"));

@@ -3,6 +3,7 @@
 // All of it is tests; clippy.toml allows these only in functions that are marked as such.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 
+mod api_answers;
 mod api_faults;
 mod chart;
 mod cli;
