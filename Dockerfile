@@ -5,7 +5,9 @@ FROM rust:1.95-bookworm AS build
 WORKDIR /src
 COPY . .
 # glibc since 2.34 looks names up without loading a library, so a static binary can do it too.
-RUN RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=/usr/local/cargo=/cargo" \
+ARG REVISION
+RUN AUDIT_LOG_SWEEPER_REVISION="${REVISION}" \
+    RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=/usr/local/cargo=/cargo" \
     cargo build --locked --release --bin audit-log-sweeper --target "$(uname -m)-unknown-linux-gnu" && \
     cp target/*-unknown-linux-gnu/release/audit-log-sweeper /audit-log-sweeper
 

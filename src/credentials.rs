@@ -162,7 +162,8 @@ fn uri(data: &SecretData, namespace: &str, name: &str, key: Option<&str>) -> Res
         return text(data, name, key)?.map(ConnectionUri::new).ok_or_else(|| missing(data, name, key));
     }
     for key in ["fqdn-uri", "uri"] {
-        if let Some(uri) = text(data, name, key)? {
+        // An empty one is none: some operators leave a key empty.
+        if let Some(uri) = text(data, name, key)?.filter(|uri| !uri.trim().is_empty()) {
             return Ok(ConnectionUri::new(uri));
         }
     }
@@ -175,13 +176,15 @@ fn uri(data: &SecretData, namespace: &str, name: &str, key: Option<&str>) -> Res
     };
     let required = |key| text(data, name, key)?.ok_or_else(|| missing(data, name, key));
     let (dbname, password) = (required("dbname")?, required("password")?);
-    let port = text(data, name, "port")?.unwrap_or("5432");
-    let host = host.trim();
+    let port = text(data, name, "port")?.map(str::trim).filter(|port| !port.is_empty()).unwrap_or("5432");
     // A name without a dot is a Service of the Secret's own namespace.
-    let host =
-        if host == "localhost" || host.contains(['.', ':']) { host.to_owned() } else { format!("{host}.{namespace}") };
+    let qualified = |host: &str| match host.trim() {
+        host if host == "localhost" || host.contains(['.', ':', '/']) => bracketed(host),
+        host => format!("{host}.{namespace}"),
+    };
+    let hosts: Vec<_> = host.split(',').map(|host| format!("{}:{port}", qualified(host))).collect();
     let [user, password, dbname] = [user, password, dbname].map(|part| encode(part.trim_end_matches(['\r', '\n'])));
-    Ok(ConnectionUri::new(&format!("postgresql://{user}:{password}@{}:{}/{dbname}", bracketed(&host), port.trim())))
+    Ok(ConnectionUri::new(&format!("postgresql://{user}:{password}@{}/{dbname}", hosts.join(","))))
 }
 
 fn text<'a>(data: &'a SecretData, secret: &str, key: &str) -> Result<Option<&'a str>, CredentialsError> {
@@ -203,9 +206,14 @@ fn keys(data: &SecretData) -> String {
     data.keys().take(20).cloned().collect::<Vec<_>>().join(", ")
 }
 
-/// An IPv6 address in a URI stands in brackets.
+/// A host as it stands in a URI: an IPv6 address in brackets, a folder encoded.
 fn bracketed(host: &str) -> String {
-    if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() }
+    match host {
+        // A folder of sockets.
+        folder if folder.starts_with('/') => encode(folder),
+        six if six.contains(':') && !six.starts_with('[') => format!("[{six}]"),
+        name => name.to_owned(),
+    }
 }
 
 /// Percent-encodes all but the unreserved characters of RFC 3986.
@@ -253,6 +261,11 @@ mod tests {
         );
         let cnpg = [("host", "app-rw"), ("dbname", "app"), ("username", "app"), ("password", "x")];
         assert_eq!(found(&cnpg, None), "postgresql://app:x@app-rw.ns:5432/app");
+        let several =
+            [("host", "db-1,db-2"), ("port", ""), ("dbname", "d"), ("user", "u"), ("password", "x"), ("uri", "")];
+        assert_eq!(found(&several, None), "postgresql://u:x@db-1.ns:5432,db-2.ns:5432/d");
+        let socket = [("host", "/run/postgresql"), ("dbname", "d"), ("user", "u"), ("password", "x")];
+        assert_eq!(found(&socket, None), "postgresql://u:x@%2Frun%2Fpostgresql:5432/d");
         let six = [("host", "fd00::1"), ("dbname", "app"), ("user", "app"), ("password", "x")];
         assert_eq!(found(&six, None), "postgresql://app:x@[fd00::1]:5432/app");
     }

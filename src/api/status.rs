@@ -19,7 +19,8 @@ pub struct AuditLogSweeperStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// Ready, DatabaseReachable, BacklogBounded and Suspended always; Reconciling and Stalled only while they are true.
+    /// Ready, DatabaseReachable, SchemaReady, BacklogBounded and Suspended always; Reconciling and Stalled only while
+    /// they are true.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     #[schemars(length(max = 32))]
@@ -122,7 +123,7 @@ pub struct LastSweep {
 
 /// What caused a sweep. Schedule: its slot came. Request: the annotation auditlog.dev/requestedAt has a new value.
 /// Create: the object is new. Command: someone ran `sweep`.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Trigger {
     Schedule,
     Request,
@@ -132,7 +133,7 @@ pub enum Trigger {
 
 /// How a sweep ended. Drained: no stale row was left. LimitReached: the limit was. DeadlineReached: the deadline was.
 /// Stopped: the operator was. Failed: lastError says why; it is retried. Observed: rows were only counted.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Outcome {
     Drained,
     LimitReached,
@@ -140,6 +141,12 @@ pub enum Outcome {
     Stopped,
     Failed,
     Observed,
+}
+
+impl Outcome {
+    /// Every one.
+    pub const ALL: [Self; 6] =
+        [Self::Drained, Self::LimitReached, Self::DeadlineReached, Self::Stopped, Self::Failed, Self::Observed];
 }
 
 /// One attempt, or several equal ones in a row.

@@ -2,11 +2,12 @@
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{ArgAction, Args};
-use tokio::task::JoinError;
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +17,7 @@ use crate::controller::lease::{self, Leadership, LeaseSettings};
 use crate::controller::{self, Settings};
 use crate::schedule::hash;
 use crate::telemetry::http::{self, Readiness};
+use crate::telemetry::metrics::Metrics;
 use crate::telemetry::{LogFormat, LogLevel, log_panics, start_logs};
 
 /// From SIGTERM on, running sweeps have this long to end and be published.
@@ -32,7 +34,7 @@ pub struct Run {
     /// Work on objects with these labels only, such as shard=a: several installs may share a cluster
     #[arg(long)]
     selector: Option<String>,
-    /// Where to serve /healthz and /readyz
+    /// Where to serve /healthz, /readyz and /metrics
     #[arg(long, default_value = "0.0.0.0:8080")]
     health_address: SocketAddr,
     /// The most sweeps at once
@@ -41,6 +43,10 @@ pub struct Run {
     /// The most sweeps at once on one database server
     #[arg(long, default_value = "3", value_parser = clap::value_parser!(u16).range(1..))]
     max_sweeps_per_server: u16,
+    /// Show series of each object in /metrics. Without, only those of the process
+    #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true",
+        require_equals = true)]
+    object_metrics: bool,
     /// Work only while this replica holds the lease. Without it, never run two
     #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true",
         require_equals = true)]
@@ -131,10 +137,11 @@ async fn operate(args: Run) -> anyhow::Result<()> {
         selector: args.selector,
         max_concurrent_sweeps: args.max_concurrent_sweeps.into(),
         max_sweeps_per_server: args.max_sweeps_per_server.into(),
+        object_metrics: args.object_metrics,
         instance: args.pod_name.clone().filter(|name| !name.is_empty()),
         default_roots,
     };
-    let readiness = Readiness::default();
+    let (readiness, metrics) = (Readiness::default(), Arc::new(Metrics::default()));
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         health_address = %listener.local_addr()?,
@@ -144,42 +151,77 @@ async fn operate(args: Run) -> anyhow::Result<()> {
         identity = lease.identity,
         "starting"
     );
-    let mut served = tokio::spawn(http::serve(listener, readiness.clone(), stop.clone()));
+    let health = tokio::spawn(http::serve(listener, readiness.clone(), metrics.clone(), stop.clone()));
     let ended = CancellationToken::new();
-    let (mut elected, leadership) = if leader_elect {
+    let (election, leadership) = if leader_elect {
         readiness.set(lease::PART, Some(format!("the first look at Lease {}/{}", lease.namespace, lease.name)));
         let (sender, leadership) = Leadership::elected();
         let (readiness, stop, ended) = (readiness.clone(), stop.clone(), ended.clone());
-        (tokio::spawn(lease::elect(client.clone(), lease, sender, readiness, stop, ended)), leadership)
+        let instruments = metrics.instruments.clone();
+        (tokio::spawn(lease::elect(client.clone(), lease, sender, readiness, instruments, stop, ended)), leadership)
     } else {
         (tokio::spawn(ended.clone().cancelled_owned()), Leadership::always(&stop))
     };
-    let mut controlled = tokio::spawn(controller::run(client, settings, leadership, readiness, stop.clone()));
-    // Whichever long-lived task ends first, the process ends with it.
-    tokio::select! {
-        biased;
-        () = stop.cancelled() => {}
-        result = &mut served => bail!("the health server ended: {}", how(&result.map(drop))),
-        result = &mut elected => bail!("the election ended: {}", how(&result)),
-        result = &mut controlled => bail!("the controller ended: {}", how(&result)),
-    }
+    let controller = tokio::spawn({
+        let stop = stop.clone();
+        async move { controller::run(client, settings, leadership, readiness, &metrics, stop).await }
+    });
+    let mut tasks = Tasks { health, election, controller };
+    tasks.until_stopped(&stop).await?;
     tracing::info!("stopping");
-    // Sweeps end, their counts are published, and only then may another replica begin.
-    match timeout(SHUTDOWN, controlled).await {
-        Ok(ended) => ended.context("the controller panicked")?,
-        // The lease is kept until it runs out: what may still be going on ends before that.
-        Err(_) => bail!("sweeps did not end within {SHUTDOWN:?} of the signal; what they committed may be uncounted"),
+    tasks.wind_up(&ended).await
+}
+
+/// The tasks that live as long as the process.
+struct Tasks {
+    health: JoinHandle<std::io::Result<()>>,
+    election: JoinHandle<()>,
+    controller: JoinHandle<()>,
+}
+
+impl Tasks {
+    /// Waits until the process is told to stop.
+    ///
+    /// # Errors
+    /// When a task ends before that, whichever it is and however it ends: the process ends with it.
+    async fn until_stopped(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(()),
+            result = &mut self.health => bail!("the health server ended: {}", how(result)),
+            result = &mut self.election => bail!("the election ended: {}", how(result.map(Ok))),
+            result = &mut self.controller => bail!("the controller ended: {}", how(result.map(Ok))),
+        }
     }
-    ended.cancel();
-    match timeout(RELEASE, elected).await {
-        Ok(ended) => ended.context("the election panicked"),
-        Err(_) => Ok(()),
+
+    /// Sweeps end, their counts are published, and only then, by `ended`, may another replica begin.
+    ///
+    /// # Errors
+    /// When they take too long, or end by a panic.
+    async fn wind_up(self, ended: &CancellationToken) -> anyhow::Result<()> {
+        match timeout(SHUTDOWN, self.controller).await {
+            Ok(result) => result.context("the controller panicked")?,
+            // The lease is kept until it runs out: what may still be going on ends before that.
+            Err(_) => {
+                bail!("sweeps did not end within {SHUTDOWN:?} of the signal; what they committed may be uncounted")
+            }
+        }
+        ended.cancel();
+        match timeout(RELEASE, self.election).await {
+            Ok(result) => result.context("the election panicked"),
+            Err(_) => Ok(()),
+        }
     }
 }
 
 /// How a task ended. What a panic said may be data.
-fn how(result: &Result<(), JoinError>) -> &'static str {
-    if result.as_ref().is_err_and(JoinError::is_panic) { "a panic" } else { "it should not have" }
+fn how(result: Result<std::io::Result<()>, JoinError>) -> String {
+    match result {
+        Ok(Ok(())) => "it should not have".into(),
+        Ok(Err(error)) => error.to_string(),
+        Err(error) if error.is_panic() => "a panic".into(),
+        Err(_) => "it was cancelled".into(),
+    }
 }
 
 #[cfg(test)]
@@ -205,5 +247,74 @@ mod tests {
         for bad in ["1500ms", "0s", "2h", "15", ""] {
             assert!(lease_duration(bad).is_err(), "{bad}");
         }
+    }
+
+    /// Tasks that do not end.
+    fn tasks() -> Tasks {
+        Tasks {
+            health: tokio::spawn(std::future::pending()),
+            election: tokio::spawn(std::future::pending()),
+            controller: tokio::spawn(std::future::pending()),
+        }
+    }
+
+    async fn panics<T>() -> T {
+        panic!("hunter2")
+    }
+
+    #[tokio::test]
+    async fn whichever_task_ends_first_ends_the_process_and_is_named() {
+        let bad = || std::io::Error::other("the socket is gone");
+        let cases = [
+            (
+                "the health server ended: it should not have",
+                Tasks { health: tokio::spawn(async { Ok(()) }), ..tasks() },
+            ),
+            (
+                "the health server ended: the socket is gone",
+                Tasks { health: tokio::spawn(async move { Err(bad()) }), ..tasks() },
+            ),
+            ("the health server ended: a panic", Tasks { health: tokio::spawn(panics()), ..tasks() }),
+            ("the election ended: it should not have", Tasks { election: tokio::spawn(async {}), ..tasks() }),
+            ("the election ended: a panic", Tasks { election: tokio::spawn(panics()), ..tasks() }),
+            ("the controller ended: it should not have", Tasks { controller: tokio::spawn(async {}), ..tasks() }),
+            ("the controller ended: a panic", Tasks { controller: tokio::spawn(panics()), ..tasks() }),
+        ];
+        for (says, mut tasks) in cases {
+            let ended = timeout(Duration::from_secs(5), tasks.until_stopped(&CancellationToken::new())).await;
+            assert_eq!(ended.expect(says).unwrap_err().to_string(), says);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_signal_is_no_failure_even_if_tasks_end_with_it() {
+        let stop = CancellationToken::new();
+        let ends = |stop: &CancellationToken| tokio::spawn(stop.clone().cancelled_owned());
+        let mut tasks = Tasks { election: ends(&stop), controller: ends(&stop), ..tasks() };
+        assert!(timeout(Duration::from_millis(20), tasks.until_stopped(&stop)).await.is_err());
+        stop.cancel();
+        tokio::task::yield_now().await;
+        tasks.until_stopped(&stop).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_lease_is_released_after_the_sweeps_and_kept_if_they_do_not_end() {
+        let (ended, sweeping) = (CancellationToken::new(), CancellationToken::new());
+        let controller = tokio::spawn(sweeping.clone().cancelled_owned());
+        let election = tokio::spawn(ended.clone().cancelled_owned());
+        let winding = Tasks { controller, election, ..tasks() }.wind_up(&ended);
+        tokio::pin!(winding);
+        assert!(timeout(Duration::from_millis(50), &mut winding).await.is_err());
+        assert!(!ended.is_cancelled());
+        sweeping.cancel();
+        winding.await.unwrap();
+        assert!(ended.is_cancelled());
+
+        let ended = CancellationToken::new();
+        let error = tasks().wind_up(&ended).await.unwrap_err().to_string();
+        assert!(error.starts_with("sweeps did not end within 4.3s") && !ended.is_cancelled(), "{error}");
+
+        let error = Tasks { controller: tokio::spawn(panics()), ..tasks() }.wind_up(&ended).await.unwrap_err();
+        assert!(error.to_string() == "the controller panicked" && !ended.is_cancelled(), "{error}");
     }
 }

@@ -109,12 +109,14 @@ impl Attempt<'_> {
     fn failed(&self, status: &mut AuditLogSweeperStatus, failure: &Failure, timed_out: i64) -> Vec<Verdict> {
         let Self { subject, slot, end, .. } = *self;
         let scheduled = status.next_schedule_time;
+        let retry_waits = status.consecutive_failures > 0;
         // A failed attempt does not put the slot after it off. With nothing left of its limit, the slot is done.
         let next = subject.grid().after(slot.schedule_time, end);
-        let verdicts = fail(status, subject, failure, end, next);
-        if slot.trigger == Trigger::Request && scheduled.is_some() && slot.continues.is_none() {
-            // What was due anyway still is, no sooner and no later.
-            status.next_schedule_time = scheduled;
+        let asked = scheduled.filter(|_| slot.trigger == Trigger::Request && slot.continues.is_none());
+        let verdicts = fail(status, subject, failure, end, asked.unwrap_or(next));
+        if let Some(scheduled) = asked.filter(|_| retry_waits) {
+            // The retry that was due anyway still is, no sooner and no later.
+            status.next_schedule_time = Some(scheduled);
         } else if timed_out >= i64::from(subject.spec.limit) {
             status.next_schedule_time = Some(next);
         }

@@ -21,6 +21,7 @@ use tracing::{info, warn};
 use super::resolve::ApiError;
 use crate::sweep::error::chain;
 use crate::telemetry::http::Readiness;
+use crate::telemetry::metrics::{Instruments, Operation};
 use candidate::{Candidate, Move};
 
 /// The longest that giving the Lease back may take: the process is ending.
@@ -103,6 +104,7 @@ pub async fn elect(
     settings: LeaseSettings,
     leadership: watch::Sender<Option<CancellationToken>>,
     readiness: Readiness,
+    instruments: Instruments,
     stop: CancellationToken,
     done: CancellationToken,
 ) {
@@ -127,6 +129,9 @@ pub async fn elect(
                 readiness.set(PART, None);
             }
             Err(error) => {
+                if error.is_failure() {
+                    instruments.api_request_failed(Operation::Lease);
+                }
                 let hint = if error.code() == Some(403) { "; grant get, create and update on leases" } else { "" };
                 let complaint = format!("{}{hint}", chain(error));
                 readiness.set(PART, Some(format!("{lease}: {complaint}")));

@@ -10,6 +10,7 @@ use kube::runtime::reflector::Store;
 
 use super::outcome::{Subject, Update};
 use crate::api::AuditLogSweeper;
+use crate::telemetry::metrics::Counts;
 
 /// What is remembered of one object.
 #[derive(Clone, Debug, Default)]
@@ -22,6 +23,8 @@ pub struct Memory {
     pub checked: Option<Seen>,
     /// API requests that failed in a row, for the backoff.
     pub api_failures: u32,
+    /// What was done for it since the process started.
+    pub counts: Counts,
 }
 
 /// What a preflight was about.

@@ -25,18 +25,20 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use kube::Client;
 use kube::core::DeserializeGuard;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::Store;
+use kube::{Client, ResourceExt};
 use rustls::RootCertStore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::AuditLogSweeper;
 use crate::telemetry::http::Readiness;
+use crate::telemetry::metrics::{self, Metrics, ObjectSeries, Snapshot};
 use lease::Leadership;
 use memory::Memories;
+use resolve::ApiServer;
 use turn::Turns;
 use watch::Scope;
 
@@ -51,6 +53,8 @@ pub struct Settings {
     pub max_concurrent_sweeps: usize,
     /// The most sweeps at once on one database server.
     pub max_sweeps_per_server: usize,
+    /// Whether each object has series in the metrics.
+    pub object_metrics: bool,
     /// The name of this process in events: the pod's.
     pub instance: Option<String>,
     /// The CAs to trust where a spec names none.
@@ -59,7 +63,7 @@ pub struct Settings {
 
 /// What every reconcile shares.
 pub struct Context {
-    client: Client,
+    server: ApiServer,
     settings: Settings,
     memories: Memories,
     turns: Turns,
@@ -75,6 +79,27 @@ impl std::fmt::Debug for Context {
     }
 }
 
+impl Context {
+    /// What the metrics show right now: of each object what its status says, as the watch last saw it.
+    fn snapshot(&self, stores: &[Store<DeserializeGuard<AuditLogSweeper>>]) -> Snapshot {
+        let leader = self.leadership.term().is_some();
+        let objects = stores.iter().map(Store::len).sum();
+        let sweeps_in_flight = self.turns.taken();
+        let shown = if leader && self.settings.object_metrics { stores } else { &[] };
+        let series = shown.iter().flat_map(Store::state).map(|object| self.series(&object)).collect();
+        Snapshot { sweeps_in_flight, objects, leader, series }
+    }
+
+    fn series(&self, object: &DeserializeGuard<AuditLogSweeper>) -> ObjectSeries {
+        let gauges = match &object.0 {
+            Ok(object) => metrics::values(&object.spec, &object.status.clone().unwrap_or_default()),
+            Err(_) => metrics::invalid(),
+        };
+        let counts = self.memories.get(&object.uid().unwrap_or_default()).counts;
+        ObjectSeries { namespace: object.namespace().unwrap_or_default(), name: object.name_any(), gauges, counts }
+    }
+}
+
 /// Works, whenever it leads, until `stop`: then running sweeps end, their counts are published, and it returns. Any
 /// earlier return means that a watch has ended.
 pub async fn run(
@@ -82,6 +107,7 @@ pub async fn run(
     settings: Settings,
     leadership: Leadership,
     readiness: Readiness,
+    metrics: &Metrics,
     stop: CancellationToken,
 ) {
     let scopes = Scope::all(&client, &settings);
@@ -90,8 +116,13 @@ pub async fn run(
     let reporter =
         Reporter { controller: "auditlog.dev/audit-log-sweeper".into(), instance: settings.instance.clone() };
     let recorder = Recorder::new(client.clone(), reporter);
-    let context = Arc::new(Context { client, settings, memories, turns, recorder, leadership, running });
+    let server = ApiServer { client, instruments: metrics.instruments.clone() };
+    let context = Arc::new(Context { server, settings, memories, turns, recorder, leadership, running });
     let stores: Arc<[Store<DeserializeGuard<AuditLogSweeper>>]> = scopes.iter().map(Scope::store).collect();
+    metrics.show({
+        let (context, stores) = (context.clone(), stores.clone());
+        move || context.snapshot(&stores)
+    });
     let mut watched: FuturesUnordered<_> =
         scopes.into_iter().map(|scope| scope.run(&context, &stores, &readiness, &stop)).collect();
     let ended = async {

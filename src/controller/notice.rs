@@ -49,7 +49,7 @@ pub fn notices(update: &Update, old: &AuditLogSweeperStatus, new: &AuditLogSweep
                 let note = "a sweep was requested; it does not run, since spec.suspend is true";
                 Notice::new(false, "SweepRequested", "Skip", note)
             }
-            _ => Notice::new(false, "SweepRequested", "Sweep", "a sweep was requested, and made"),
+            _ => Notice::new(false, "SweepRequested", "Sweep", "a sweep was requested, and begun"),
         });
     }
     let suspended = |status: &AuditLogSweeperStatus| {

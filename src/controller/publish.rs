@@ -8,16 +8,17 @@ use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
 use kube::core::error_boundary::InvalidObject;
 use kube::core::{DeserializeGuard, NamespaceResourceScope};
 use kube::runtime::events::{Event, EventType, Recorder};
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::notice::{Notice, notices};
 use super::outcome::{self, Subject, Update};
-use super::resolve::{ApiError, object, within};
+use super::resolve::{ApiError, ApiServer, object};
 use crate::api::conditions::ConditionType;
 use crate::api::{AuditLogSweeper, AuditLogSweeperStatus};
 use crate::sweep::error::chain;
+use crate::telemetry::metrics::Operation;
 
 /// The name under which the operator owns the fields of the status.
 const MANAGER: &str = "audit-log-sweeper";
@@ -40,7 +41,7 @@ pub struct Published {
 /// # Errors
 /// When the API did not take it; nothing is lost by trying again later.
 pub async fn publish(
-    client: &Client,
+    server: &ApiServer,
     base: &AuditLogSweeper,
     subject: &Subject,
     update: &Update,
@@ -58,7 +59,7 @@ pub async fn publish(
             return Ok(Some(Published { object: base, notices: vec![] }));
         }
         let notices = if overtaken { vec![] } else { notices(update, &old, &new) };
-        match patch::<AuditLogSweeper>(client, &base.metadata, &json!(new)).await {
+        match patch::<AuditLogSweeper>(server, &base.metadata, &json!(new)).await {
             Ok(object) => return Ok(Some(Published { object, notices })),
             Err(error) if error.code() == Some(404) => return Ok(None),
             Err(error) if error.code() == Some(409) => {}
@@ -66,12 +67,12 @@ pub async fn publish(
             Err(error) if error.code() == Some(422) => {
                 tracing::error!(%namespace, name = base.name_any(), error = chain(&error), "the status was refused");
                 let reduced = AuditLogSweeperStatus { unsweepable: None, last_error: None, ..new };
-                let written = patch(client, &base.metadata, &json!(reduced)).await.ok();
+                let written = patch(server, &base.metadata, &json!(reduced)).await.ok();
                 return Ok(written.map(|object| Published { object, notices }));
             }
             Err(error) => return Err(error),
         }
-        match object(client, &namespace, &base.name_any()).await? {
+        match object(server, &namespace, &base.name_any()).await? {
             Some(DeserializeGuard(Ok(now))) if now.uid().as_deref() == Some(&subject.uid) => base = now,
             // Gone, replaced, or unreadable by now: there is nothing to write onto.
             _ => return Ok(None),
@@ -81,7 +82,7 @@ pub async fn publish(
 }
 
 /// Tells what happened, by events. Best effort: nothing waits for them, and the status has it all.
-pub async fn tell(recorder: &Recorder, object: &AuditLogSweeper, notices: &[Notice]) {
+pub async fn tell(server: &ApiServer, recorder: &Recorder, object: &AuditLogSweeper, notices: &[Notice]) {
     for notice in notices {
         let event = Event {
             type_: if notice.warning { EventType::Warning } else { EventType::Normal },
@@ -90,7 +91,8 @@ pub async fn tell(recorder: &Recorder, object: &AuditLogSweeper, notices: &[Noti
             action: notice.action.into(),
             secondary: None,
         };
-        if let Err(error) = within(recorder.publish(&event, &object.object_ref(&()))).await {
+        let about = object.object_ref(&());
+        if let Err(error) = server.within(Operation::PublishEvent, recorder.publish(&event, &about)).await {
             tracing::debug!(reason = notice.reason, error = chain(&error), "an event could not be published");
         }
     }
@@ -98,11 +100,11 @@ pub async fn tell(recorder: &Recorder, object: &AuditLogSweeper, notices: &[Noti
 
 /// Server-side apply with the resourceVersion: without it, a write for an object that is gone would land on a new one
 /// of the same name.
-async fn patch<K>(client: &Client, meta: &ObjectMeta, status: &Value) -> Result<K, ApiError>
+async fn patch<K>(server: &ApiServer, meta: &ObjectMeta, status: &Value) -> Result<K, ApiError>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
 {
-    let api: Api<K> = Api::namespaced(client.clone(), meta.namespace.as_deref().unwrap_or_default());
+    let api: Api<K> = Api::namespaced(server.client.clone(), meta.namespace.as_deref().unwrap_or_default());
     let name = meta.name.as_deref().unwrap_or_default();
     let body = json!({
         "apiVersion": K::api_version(&()),
@@ -110,7 +112,8 @@ where
         "metadata": { "name": name, "resourceVersion": meta.resource_version },
         "status": status,
     });
-    within(api.patch_status(name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&body))).await
+    let (params, body) = (PatchParams::apply(MANAGER).force(), Patch::Apply(&body));
+    server.within(Operation::PatchStatus, api.patch_status(name, &params, &body)).await
 }
 
 /// Whether a write would change nothing of ours. Conditions that others set are not ours.
@@ -124,12 +127,13 @@ fn same(old: &AuditLogSweeperStatus, new: &AuditLogSweeperStatus) -> bool {
 ///
 /// # Errors
 /// When the API did not take it.
-pub async fn publish_invalid(client: &Client, invalid: &InvalidObject, now: DateTime<Utc>) -> Result<(), ApiError> {
+pub async fn publish_invalid(server: &ApiServer, invalid: &InvalidObject, now: DateTime<Utc>) -> Result<(), ApiError> {
     let meta = &invalid.metadata;
     let namespace = meta.namespace.as_deref().unwrap_or_default();
     let kind = ApiResource::erase::<AuditLogSweeper>(&());
-    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &kind);
-    let Some(object) = within(api.get_opt(meta.name.as_deref().unwrap_or_default())).await? else { return Ok(()) };
+    let api: Api<DynamicObject> = Api::namespaced_with(server.client.clone(), namespace, &kind);
+    let get = api.get_opt(meta.name.as_deref().unwrap_or_default());
+    let Some(object) = server.within(Operation::GetObject, get).await? else { return Ok(()) };
     let old = object.data.get("status").cloned().unwrap_or_default();
     let old: AuditLogSweeperStatus = serde_json::from_value(old).unwrap_or_default();
     let generation = object.metadata.generation.unwrap_or_default();
@@ -137,5 +141,5 @@ pub async fn publish_invalid(client: &Client, invalid: &InvalidObject, now: Date
     if same(&old, &new) {
         return Ok(());
     }
-    patch::<DeserializeGuard<AuditLogSweeper>>(client, &object.metadata, &json!(new)).await.map(drop)
+    patch::<DeserializeGuard<AuditLogSweeper>>(server, &object.metadata, &json!(new)).await.map(drop)
 }

@@ -21,6 +21,7 @@ use super::resolve::ApiError;
 use super::turn::ServerPermit;
 use super::{Context, publish, resolve};
 use crate::api::conditions::{self, ConditionType};
+use crate::api::status::{Outcome, Trigger};
 use crate::api::{AuditLogSweeper, Reason};
 use crate::sweep::preflight::Checked;
 use crate::sweep::statement::Cursor;
@@ -93,7 +94,7 @@ async fn drive(
                 error = invalid.error,
                 "invalid object"
             );
-            publish::publish_invalid(&context.client, invalid, Utc::now()).await?;
+            publish::publish_invalid(&context.server, invalid, Utc::now()).await?;
             return Ok(None);
         }
     };
@@ -135,7 +136,7 @@ async fn pass(
         }
         // The watch may lag behind, and what was true may no longer be when a sweep's turn comes: act on the object as
         // it is now.
-        let object = match resolve::object(&context.client, &namespace, &name).await? {
+        let object = match resolve::object(&context.server, &namespace, &name).await? {
             Some(DeserializeGuard(Ok(object))) if object.uid().as_deref() == Some(uid) => object,
             // Gone, replaced or unreadable: the watch will tell.
             _ => return Ok(Pass::Wait(None)),
@@ -157,7 +158,7 @@ async fn pass(
                 Update::Preflight { result, now: Utc::now() }
             }
             Decision::Sweep(slot) => {
-                let target = resolve::target(&context.client, &namespace, &object, &context.settings.default_roots);
+                let target = resolve::target(&context.server, &namespace, &object, &context.settings.default_roots);
                 let (job, secrets) = match target.await {
                     Ok((target, secrets)) => (job(&object, &subject, &slot, target), secrets),
                     Err(failure) => (Err(failure), vec![]),
@@ -198,7 +199,7 @@ async fn publish_update(
 ) -> Result<Option<AuditLogSweeper>, ApiError> {
     let (subject, update) = &*pending;
     context.memories.change(&subject.uid, |memory| memory.pending = Some(pending.clone()));
-    let published = publish::publish(&context.client, object, subject, update, Utc::now()).await?;
+    let published = publish::publish(&context.server, object, subject, update, Utc::now()).await?;
     let (written, notices) = published.map_or((None, vec![]), |published| (Some(published.object), published.notices));
     context.memories.change(&subject.uid, |memory| {
         memory.pending = None;
@@ -208,14 +209,14 @@ async fn publish_update(
         }
     });
     if let Some(written) = &written {
-        publish::tell(&context.recorder, written, &notices).await;
+        publish::tell(&context.server, &context.recorder, written, &notices).await;
     }
     Ok(written)
 }
 
 async fn preflight(object: &AuditLogSweeper, subject: &Subject, context: &Context) -> Result<Checked, Failure> {
     let namespace = object.namespace().unwrap_or_default();
-    let target = resolve::target(&context.client, &namespace, object, &context.settings.default_roots);
+    let target = resolve::target(&context.server, &namespace, object, &context.settings.default_roots);
     let (target, secrets) = target.await?;
     let plan = Plan::new(&subject.spec).map_err(|error| Failure::from(&error))?;
     check(&plan, &target, subject, secrets, context).await
@@ -310,6 +311,23 @@ impl Attempt<'_> {
         Ok(Some(self.end(context, result)))
     }
 
+    /// Counts it for the metrics.
+    fn count(&self, context: &Context, result: &Result<Report, Failure>) {
+        let Slot { trigger, schedule_time, continues, .. } = self.slot;
+        let instruments = &context.server.instruments;
+        if *trigger == Trigger::Schedule && continues.is_none() {
+            instruments.began_after((self.start - *schedule_time).to_std().unwrap_or_default());
+        }
+        let (outcome, rows) = match result {
+            Ok(report) => {
+                instruments.swept(report.duration);
+                (report.outcome(), report.timed_out)
+            }
+            Err(_) => (Outcome::Failed, 0),
+        };
+        context.memories.change(&self.subject.uid, |memory| memory.counts.add(outcome, *trigger, rows));
+    }
+
     /// Whether a whole preflight goes before it.
     fn needs_check(&self, context: &Context) -> bool {
         let ready = self.object.status.as_ref().is_some_and(|status| {
@@ -322,7 +340,7 @@ impl Attempt<'_> {
     /// Whether the object is still the one that the attempt is for.
     async fn still_stands(&self, context: &Context) -> Result<bool, ApiError> {
         let namespace = self.object.namespace().unwrap_or_default();
-        let now = resolve::object(&context.client, &namespace, &self.object.name_any()).await?;
+        let now = resolve::object(&context.server, &namespace, &self.object.name_any()).await?;
         Ok(now.is_some_and(|now| {
             let (now, then) = (now.meta(), &self.object.metadata);
             now.uid == then.uid && now.resource_version == then.resource_version
@@ -331,6 +349,7 @@ impl Attempt<'_> {
 
     fn end(&self, context: &Context, result: Result<Report, Failure>) -> Update {
         log(self.object, self.subject, &result);
+        self.count(context, &result);
         let (slot, start) = (self.slot.clone(), self.start);
         let (end, checked) = (Utc::now(), self.checked.clone());
         let update = Update::Sweep { slot, start, end, result: Box::new(result), checked };

@@ -12,6 +12,7 @@ use super::outcome::Failure;
 use crate::api::{AuditLogSweeper, Reason};
 use crate::credentials::{self, Credentials, CredentialsError};
 use crate::sweep::{Class, Target};
+use crate::telemetry::metrics::{Instruments, Operation};
 
 /// The longest that one API request may take, its retries by the client included.
 pub const API_TIMEOUT: Duration = Duration::from_secs(15);
@@ -30,6 +31,11 @@ pub enum ApiError {
 }
 
 impl ApiError {
+    /// Whether it counts as a failed request: that something is not there, or has changed, is an answer.
+    pub fn is_failure(&self) -> bool {
+        !matches!(self.code(), Some(404 | 409)) && !matches!(self, Self::Conflict | Self::Panic)
+    }
+
     /// The HTTP status code of the answer, if there was one.
     pub fn code(&self) -> Option<u16> {
         match self {
@@ -39,24 +45,49 @@ impl ApiError {
     }
 }
 
-/// Waits for an API request, but not for ever.
-pub async fn within<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, ApiError> {
-    timeout(API_TIMEOUT, request).await.map_err(|_| ApiError::Timeout)?.map_err(ApiError::from)
+/// The way to the API server.
+#[derive(Clone)]
+pub struct ApiServer {
+    pub client: Client,
+    /// Counts the requests that fail.
+    pub instruments: Instruments,
+}
+
+impl std::fmt::Debug for ApiServer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ApiServer")
+    }
+}
+
+impl ApiServer {
+    /// Waits for a request, but not for ever, and counts it if it fails.
+    pub async fn within<T>(
+        &self,
+        operation: Operation,
+        request: impl Future<Output = kube::Result<T>>,
+    ) -> Result<T, ApiError> {
+        let answer = timeout(API_TIMEOUT, request).await.map_err(|_| ApiError::Timeout);
+        let answer = answer.and_then(|answer| answer.map_err(ApiError::from));
+        if answer.as_ref().is_err_and(ApiError::is_failure) {
+            self.instruments.api_request_failed(operation);
+        }
+        answer
+    }
 }
 
 /// The object as it is now, since the watch may lag behind; None: it is gone.
 pub async fn object(
-    client: &Client,
+    server: &ApiServer,
     namespace: &str,
     name: &str,
 ) -> Result<Option<DeserializeGuard<AuditLogSweeper>>, ApiError> {
-    let api: Api<DeserializeGuard<AuditLogSweeper>> = Api::namespaced(client.clone(), namespace);
-    within(api.get_opt(name)).await
+    let api: Api<DeserializeGuard<AuditLogSweeper>> = Api::namespaced(server.client.clone(), namespace);
+    server.within(Operation::GetObject, api.get_opt(name)).await
 }
 
 /// Where the object's database is, from the Secrets as they are now, and the resourceVersions of those.
 pub async fn target(
-    client: &Client,
+    server: &ApiServer,
     namespace: &str,
     object: &AuditLogSweeper,
     default_roots: &std::sync::Arc<rustls::RootCertStore>,
@@ -64,7 +95,7 @@ pub async fn target(
     let database = &object.spec.database;
     let (mut secrets, mut versions) = (BTreeMap::new(), vec![]);
     for name in credentials::names(database) {
-        let secret = secret(client, namespace, name).await?;
+        let secret = secret(server, namespace, name).await?;
         versions.extend(secret.metadata.resource_version);
         secrets.insert(name.to_owned(), secret.data.unwrap_or_default());
     }
@@ -75,10 +106,10 @@ pub async fn target(
     Ok((target.map_err(|error| Failure::from(&error))?, versions))
 }
 
-async fn secret(client: &Client, namespace: &str, name: &str) -> Result<Secret, Failure> {
-    let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
+async fn secret(server: &ApiServer, namespace: &str, name: &str) -> Result<Secret, Failure> {
+    let api: Api<Secret> = Api::namespaced(server.client.clone(), namespace);
     let failure = |reason, class, message| Failure { reason, class, message, reachable: None };
-    match within(api.get(name)).await {
+    match server.within(Operation::GetSecret, api.get(name)).await {
         Ok(secret) => Ok(secret),
         Err(error) => Err(match error.code() {
             Some(404) => failure(

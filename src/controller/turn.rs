@@ -12,6 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 #[derive(Debug)]
 pub struct Turns {
     all: Arc<Semaphore>,
+    most: usize,
     per_server: usize,
     servers: Mutex<HashMap<String, Arc<Semaphore>>>,
 }
@@ -34,7 +35,7 @@ pub struct Granted<T> {
 impl Turns {
     /// So many at once in all, and so many on one server.
     pub fn new(all: usize, per_server: usize) -> Self {
-        Self { all: Arc::new(Semaphore::new(all)), per_server, servers: Mutex::default() }
+        Self { all: Arc::new(Semaphore::new(all)), most: all, per_server, servers: Mutex::default() }
     }
 
     /// Waits for a permit of a server, in the order of arrival. Dropping the future leaves the queue.
@@ -47,6 +48,11 @@ impl Turns {
     /// Waits for one of the permits for all, in the order of arrival.
     pub async fn among_all(&self) -> Option<Granted<OwnedSemaphorePermit>> {
         acquire(self.all.clone()).await
+    }
+
+    /// How many of the permits for all are taken.
+    pub fn taken(&self) -> usize {
+        self.most.saturating_sub(self.all.available_permits())
     }
 
     fn semaphore(&self, server: &str) -> Arc<Semaphore> {

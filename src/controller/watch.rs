@@ -14,11 +14,12 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::resolve::{ApiError, within};
+use super::resolve::{ApiError, ApiServer};
 use super::{Context, Settings, reconcile};
 use crate::api::AuditLogSweeper;
 use crate::sweep::error::chain;
 use crate::telemetry::http::Readiness;
+use crate::telemetry::metrics::Operation;
 
 /// How soon, and after a while how rarely, a watch that failed is tried again: a CRD may come at any time.
 const RETRY: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(5));
@@ -67,7 +68,8 @@ impl Scope {
     ) -> impl Future<Output = ()> + use<> {
         let (context, stores, readiness, stop) = (context.clone(), stores.clone(), readiness.clone(), stop.clone());
         let (store, failed) = (self.store(), Arc::new(Notify::new()));
-        let health = Health { part: self.name, objects: self.objects, selector: self.selector, readiness };
+        let server = context.server.clone();
+        let health = Health { part: self.name, objects: self.objects, selector: self.selector, readiness, server };
         health.list_first();
         // Whoever begins to lead looks at every object afresh.
         let terms = stream::unfold((context.leadership.clone(), context.clone()), |(mut leadership, context)| async {
@@ -89,6 +91,7 @@ impl Scope {
                         // Reconciles do not fail; what comes here is the watch.
                         Err(error) => {
                             warn!(error = chain(&error), "cannot watch AuditLogSweepers; trying again");
+                            context.server.instruments.api_request_failed(Operation::Watch);
                             failed.notify_one();
                         }
                     }
@@ -133,6 +136,7 @@ struct Health {
     objects: Objects,
     selector: Option<String>,
     readiness: Readiness,
+    server: ApiServer,
 }
 
 impl Health {
@@ -179,7 +183,7 @@ impl Health {
 
     async fn probe(&self) -> Result<(), ApiError> {
         let one = ListParams { label_selector: self.selector.clone(), limit: Some(1), ..ListParams::default() };
-        within(self.objects.list_metadata(&one)).await.map(drop)
+        self.server.within(Operation::Watch, self.objects.list_metadata(&one)).await.map(drop)
     }
 }
 

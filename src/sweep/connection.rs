@@ -75,6 +75,9 @@ impl Target {
     ) -> Result<Self, Error> {
         let Parsed { mut config, mode: sslmode, writable } = uri::read(&credentials.uri)?;
         let mode = mode.or(sslmode).unwrap_or(TlsMode::VerifyFull);
+        if mode == TlsMode::Disable && (credentials.ca.is_some() || credentials.client.is_some()) {
+            return Err(Error::NamedForNothing);
+        }
         // Never the driver's default, Prefer, which falls back to plain text.
         config.ssl_mode(if mode == TlsMode::Disable { SslMode::Disable } else { SslMode::Require });
         config.application_name(cut(application_name, 63));
@@ -115,7 +118,7 @@ impl Target {
             last = match timeout(limit, self.connect_to(&place, &mut stage)).await {
                 Ok(Ok(session)) => return Ok(session),
                 Ok(Err(error)) => error,
-                Err(_) => Error::Unanswered { host: place.name(), stage, after: limit },
+                Err(_) => Error::Unanswered { host: place.label(stage), stage, after: limit },
             };
         }
         Err(last)
@@ -128,7 +131,7 @@ impl Target {
             Place::Unix(path) => Peer::Unix(path.clone()),
         };
         *stage = Stage::Tcp;
-        let (stream, peer) = dial(&host, &peer).await?;
+        let (stream, peer) = dial(&place.label(Stage::Tcp), &peer).await?;
         *stage = Stage::Handshake;
         let mut config = self.config.clone();
         if matches!(peer, Peer::Unix(_)) {
@@ -178,7 +181,15 @@ enum Place {
 }
 
 impl Place {
-    /// For messages, and for the server's certificate.
+    /// For messages: with the port, once that matters.
+    fn label(&self, stage: Stage) -> String {
+        match self {
+            Self::Tcp { name, port, .. } if stage != Stage::Name => format!("{name} port {port}"),
+            _ => self.name(),
+        }
+    }
+
+    /// For the server's certificate.
     fn name(&self) -> String {
         match self {
             Self::Tcp { name, .. } => name.clone(),

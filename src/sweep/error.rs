@@ -26,6 +26,12 @@ pub enum Error {
     /// The client certificate cannot be used. What was read is not quoted: it is a key.
     #[error("the client certificate of spec.database.tls.clientCertSecretRef cannot be used: {0}")]
     ClientCertificate(&'static str),
+    /// The spec names what to verify the server by, and the URI says that nothing is.
+    #[error(
+        "spec.database.tls names a CA or a client certificate, and the connection URI says sslmode=disable: set \
+         spec.database.tls.mode, which wins over the URI"
+    )]
+    NamedForNothing,
     /// Nobody answers.
     #[error("{}", unanswered(.host, *.stage, *.after))]
     Unanswered { host: String, stage: Stage, after: Duration },
@@ -202,7 +208,7 @@ impl Error {
         match self {
             Self::Uri(_) => Reason::InvalidConnectionURI,
             Self::Spec(_) => Reason::InvalidSpec,
-            Self::Ca(_) | Self::ClientCertificate(_) | Self::Tls { .. } => Reason::TLSFailed,
+            Self::Ca(_) | Self::ClientCertificate(_) | Self::NamedForNothing | Self::Tls { .. } => Reason::TLSFailed,
             Self::Resolve { .. } | Self::Unanswered { stage: Stage::Name, .. } => Reason::NameResolutionFailed,
             Self::Connect { .. } => Reason::DatabaseUnreachable,
             Self::Unanswered { stage: Stage::Tcp, .. } => Reason::ConnectTimeout,
@@ -269,7 +275,7 @@ impl ServerError {
         let standby = sqlstate == "0A000" && db.file() == Some("guc.c");
         let error = Self { step, sqlstate, fatal, standby, constraint, message: String::new() };
         let reason = error.reason();
-        let mut message = if !fatal && error.may_quote_a_row(db) {
+        let mut message = if error.may_quote_the_uri() || !fatal && error.may_quote_a_row(db) {
             let mut text = String::from(reason.text());
             // Where the server checks by itself, the names are the catalog's; a trigger may make names up.
             let checked = ["execMain.c", "execIndexing.c", "nbtinsert.c", "ri_triggers.c"];
@@ -289,6 +295,12 @@ impl ServerError {
             message.push_str(hint);
         }
         Self { message, ..error }
+    }
+
+    /// Whether the server's text may hold the user, the database or an option of the connection URI: of one that is
+    /// badly written, a piece of the password may be taken for these. Not where the server itself is the matter.
+    fn may_quote_the_uri(&self) -> bool {
+        self.step == Step::Login && !self.sqlstate.starts_with("57") && !self.sqlstate.starts_with("53")
     }
 
     /// Whether the server's text may hold a row's data. Where rows are read, a cast may quote them, and where they are
@@ -315,6 +327,8 @@ impl ServerError {
             ("53100" | "53200" | "53400" | "54000", _) => Reason::ServerOutOfResources,
             (_, "08" | "57") | ("25P03" | "25P04", _) => Reason::DatabaseUnreachable,
             (_, "58") => Reason::ServerOutOfResources,
+            // Of an option in the URI: nothing else is asked then.
+            (_, "42" | "0A" | "55" | "22") if self.step == Step::Login => Reason::InvalidConnectionURI,
             (_, "42" | "0A" | "55") => Reason::SchemaMismatch,
             (_, "22") if self.step != Step::Batch => Reason::SchemaMismatch,
             (_, "XX") => Reason::DataCorrupted,
@@ -334,6 +348,13 @@ impl Reason {
             Self::ServerOutOfResources => "the server is out of a resource",
             Self::NotPrimary => "the server is a standby or read-only",
             Self::DataCorrupted => "the server reported an internal error or damaged data",
+            Self::AuthenticationFailed => "the server refused the user, the password or the way of the connection",
+            Self::DatabaseNotFound => "the server has no database of that name",
+            Self::DatabaseUnreachable | Self::DatabaseError => {
+                "the server, or a pooler before it, refused the connection"
+            }
+            Self::PermissionDenied => "the role may not do that",
+            Self::InvalidConnectionURI => "the server refused an option of the connection URI",
             _ => "the database refused to complete a row",
         }
     }
@@ -353,6 +374,7 @@ impl Reason {
                 "the role needs USAGE on the schema, SELECT on the three columns of spec.columns, and UPDATE on \
                  timeCompleted and on the columns of spec.complete",
             ),
+            Self::InvalidConnectionURI => Some("check the options after the ? in the connection URI"),
             Self::NotPrimary => Some("the sweep needs the primary: check the host in the connection URI"),
             Self::TableLocked => Some("another session holds a lock on the table, a schema change most likely"),
             Self::StatementTimeout => Some(

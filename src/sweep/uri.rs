@@ -30,17 +30,13 @@ const KNOWN: [&str; 16] = [
 
 /// Parameters of libpq, Prisma, JDBC and pgx that change nothing here: the Secret is often the application's own. What
 /// would make a connection less safe than its author meant is not among them: that is refused.
-const FOREIGN: [&str; 42] = [
-    "sslrootcert",
+const FOREIGN: [&str; 38] = [
     "sslcert",
     "sslkey",
     "sslpassword",
-    "sslcrl",
-    "sslcrldir",
     "sslcompression",
     "sslsni",
     "sslcertmode",
-    "gssencmode",
     "gsslib",
     "gssdelegation",
     "krbsrvname",
@@ -102,11 +98,17 @@ pub(super) fn read(uri: &ConnectionUri) -> Result<Parsed, Error> {
     let (address, query) = address.split_once('?').unwrap_or((address, ""));
     let mut parsed = Parsed { config: Config::new(), mode: None, writable: false };
     let mut kept = Vec::new();
+    let mut root_certificate = None;
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         match name {
             "sslmode" => parsed.mode = Some(tls_mode(value)?),
             "target_session_attrs" => parsed.writable = wants_writable(value)?,
+            "sslrootcert" => root_certificate = Some(value),
+            "gssencmode" if ["disable", "prefer"].contains(&value) => {}
+            "host" | "port" if !address.starts_with('/') && !address.is_empty() => {
+                return Err(Error::Uri("it names a host or a port twice, before and after the ?"));
+            }
             _ if KNOWN.contains(&name) => kept.push(parameter),
             _ if FOREIGN.contains(&name) => {}
             // Its name is not shown: it may be a piece of a password.
@@ -121,6 +123,12 @@ pub(super) fn read(uri: &ConnectionUri) -> Result<Parsed, Error> {
     parsed.config = format!("postgresql://{address}?{}", kept.join("&"))
         .parse()
         .map_err(|_| Error::Uri("a host, port or parameter in it is not right"))?;
+    // The file is not here. As in libpq, to name one is to ask that the server be verified.
+    parsed.mode = match (parsed.mode, root_certificate) {
+        (Some(TlsMode::Require | TlsMode::VerifyCA), Some("system")) => Some(TlsMode::VerifyFull),
+        (Some(TlsMode::Require), Some(_)) => Some(TlsMode::VerifyCA),
+        (mode, _) => mode,
+    };
     if let Some(user_info) = user_info {
         let (user, password) = user_info.split_once(':').map_or((user_info, None), |(user, pw)| (user, Some(pw)));
         if !user.is_empty() {
@@ -140,6 +148,11 @@ pub(super) fn read(uri: &ConnectionUri) -> Result<Parsed, Error> {
     }
     if parsed.config.get_user().is_none_or(str::is_empty) {
         return Err(Error::Uri("it names no user"));
+    }
+    // Signs of a URI that was put together wrongly: what follows them may be a piece of the password.
+    let odd = |name: Option<&str>| name.is_some_and(|name| name.contains([':', ';', '&', '=', '@', '\0']));
+    if odd(parsed.config.get_user()) || odd(parsed.config.get_dbname()) {
+        return Err(Error::Uri("its user or database has one of the characters : ; & = @ in its name"));
     }
     if parsed.config.get_hosts().len() > 1 {
         // Of several servers only one takes writes; without this, a standby that answers first would be the end of it.
@@ -264,6 +277,8 @@ mod tests {
             ("@:/#% x", "@:/#% x"),
             ("%40%3A%2F%23%25%20x", "@:/#% x"),
             ("päss", "päss"),
+            // Bytes that are no text: nobody encoded it.
+            ("p%E4ss", "p%E4ss"),
             ("", ""),
         ] {
             let parsed = parsed(&format!("postgresql://app:{written}@db.example.org:5433/app?connect_timeout=3"));
@@ -321,8 +336,15 @@ mod tests {
             ("verify-full", TlsMode::VerifyFull),
         ];
         for (text, mode) in modes {
-            assert_eq!(parsed(&format!("postgresql://u@h/d?sslmode={text}&sslrootcert=x")).mode, Some(mode));
+            assert_eq!(parsed(&format!("postgresql://u@h/d?sslmode={text}&sslkey=x")).mode, Some(mode));
         }
+        // A file of CAs that is named asks for verification, as in libpq.
+        let named =
+            |mode: &str, file: &str| parsed(&format!("postgresql://u@h/d?sslmode={mode}&sslrootcert={file}")).mode;
+        assert_eq!(named("require", "/ca.pem"), Some(TlsMode::VerifyCA));
+        assert_eq!(named("require", "system"), Some(TlsMode::VerifyFull));
+        assert_eq!(named("verify-full", "/ca.pem"), Some(TlsMode::VerifyFull));
+        assert_eq!(named("disable", "/ca.pem"), Some(TlsMode::Disable));
         assert_eq!(parsed("postgresql://u@h/d?schema=public&pgbouncer=true&sslkey=/k").mode, None);
     }
 
@@ -346,6 +368,13 @@ mod tests {
             "postgresql://:hunter2@h/d",
             "postgresql://u:hunter2@[fd00::1/d",
             "postgresql://u:hunter2@h/a/b",
+            "postgresql://u:x@h/d;password=hunter2",
+            "postgresql://u:x@h/d&password=hunter2",
+            "postgresql://u%3Ahunter2:x@h/d",
+            "postgresql://u:hunter2@h/d?sslcrl=/crl.pem",
+            "postgresql://u:hunter2@h/d?gssencmode=require",
+            "postgresql://u:hunter2@h/d?port=5433",
+            "postgresql://u:hunter2@h/d?host=other",
         ] {
             let error = read(&ConnectionUri::new(uri)).expect_err(uri);
             assert_eq!(error.reason(), crate::api::Reason::InvalidConnectionURI, "{uri}: {error}");

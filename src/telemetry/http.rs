@@ -1,14 +1,16 @@
-//! Serves `/healthz` (the process serves) and `/readyz` (it is able to work, or what it waits for).
+//! Serves `/healthz` (the process serves), `/readyz` (it is able to work, or what it waits for) and `/metrics`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+use super::metrics::{self, Metrics};
 
 /// What the process waits for, if it does: a text for each of its parts that is not able to work.
 #[derive(Clone, Debug, Default)]
@@ -42,7 +44,12 @@ pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 ///
 /// # Errors
 /// When the listener fails.
-pub async fn serve(listener: TcpListener, readiness: Readiness, stop: CancellationToken) -> std::io::Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    readiness: Readiness,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
     let ready = move || async move {
         let waiting_for = readiness.waiting_for();
         if waiting_for.is_empty() {
@@ -50,6 +57,13 @@ pub async fn serve(listener: TcpListener, readiness: Readiness, stop: Cancellati
         }
         (StatusCode::SERVICE_UNAVAILABLE, waiting_for.iter().map(|what| format!("waiting for {what}\n")).collect())
     };
-    let routes = Router::new().route("/healthz", get(|| async { "serving\n" })).route("/readyz", get(ready));
+    let exposition = move || async move {
+        let body = metrics.encode().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+        Ok::<_, StatusCode>(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], body))
+    };
+    let routes = Router::new()
+        .route("/healthz", get(|| async { "serving\n" }))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(exposition));
     axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await
 }

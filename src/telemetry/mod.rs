@@ -1,6 +1,7 @@
-//! What the process shows of itself: its logs, and whether it lives.
+//! What the process shows of itself: its logs, whether it lives, and its metrics.
 
 pub mod http;
+pub mod metrics;
 
 use clap::ValueEnum;
 use tracing_subscriber::filter::LevelFilter;
@@ -54,4 +55,31 @@ pub fn start_logs(format: LogFormat, level: LogLevel) {
         LogFormat::Json => registry.with(lines.json().flatten_event(true).with_span_list(false)).try_init(),
         LogFormat::Text => registry.with(lines).try_init(),
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// Set for the process that panics: this test, started by itself.
+    const CHILD: &str = "AUDIT_LOG_SWEEPER_TEST_PANICS";
+
+    #[test]
+    fn a_panic_is_logged_with_its_place_and_without_what_it_says() {
+        if std::env::var_os(CHILD).is_some() {
+            start_logs(LogFormat::Json, LogLevel::Error);
+            log_panics();
+            panic!("hunter2");
+        }
+        let name = "telemetry::tests::a_panic_is_logged_with_its_place_and_without_what_it_says";
+        let mut itself = Command::new(std::env::current_exe().unwrap());
+        let output = itself.args(["--exact", "--nocapture", name]).env(CHILD, "yes").output().unwrap();
+        assert!(!output.status.success());
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(said.contains(r#""message":"a panic, which is a bug in the operator""#), "{said}");
+        assert!(said.contains(r#""location":"src/telemetry/mod.rs:"#), "{said}");
+        assert!(!said.contains("hunter2"), "{said}");
+    }
 }

@@ -3,14 +3,17 @@
 // All of it is tests; clippy.toml allows these only in functions that are marked as such.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 
+mod api_answers;
 mod api_faults;
 mod chart;
 mod cli;
 mod conditions;
 mod controller;
 mod database;
+mod docs;
 mod fixtures;
 mod isolation;
+mod metrics;
 mod outages;
 mod replicas;
 mod requests;

@@ -1,5 +1,6 @@
 //! `cargo xtask generate`: writes the files that are made from others, so that they never say anything else.
 
+mod api;
 mod chart;
 
 use crate::{build_operator, root};
@@ -18,6 +19,7 @@ pub fn run(check: bool) -> anyhow::Result<()> {
     for file in CRD {
         stale |= settle(file, &crd, check)?;
     }
+    stale |= settle(api::API, &api::reference(&crd)?, check)?;
     stale |= settle(chart::README, &chart::readme()?, check)?;
     // Of the chart as it is now written, its CRD included.
     stale |= settle(chart::INSTALL, &chart::install()?, check)?;

@@ -37,9 +37,6 @@ pub fn run(name: Option<&str>, profile: &str) -> anyhow::Result<()> {
 pub fn build(name: Option<&str>, profile: &str) -> anyhow::Result<Image> {
     let name = name.map_or_else(|| format!("audit-log-sweeper:{VERSION}"), str::to_owned);
     let (_, tag) = name.rsplit_once(':').with_context(|| format!("{name} has no tag: write NAME:TAG"))?;
-    let binary = fs::read(static_binary(profile)?)?;
-    ensure!(!has_interpreter(&binary), "the binary is not static: it asks for a dynamic loader");
-
     // All that could differ between two builds of one commit is taken from the commit.
     let git = |args: &[&str]| output(Command::new("git").args(args).current_dir(root()));
     let commit = git(&["show", "-s", "--format=%H %ct %cI"])?;
@@ -49,7 +46,10 @@ pub fn build(name: Option<&str>, profile: &str) -> anyhow::Result<Image> {
     };
     let dirty = if git(&["status", "--porcelain"])?.is_empty() { "" } else { "-dirty" };
     let dockerfile = fs::read_to_string(root().join("Dockerfile")).context("Dockerfile")?;
-    let mut config = config(&dockerfile, &format!("{revision}{dirty}"))?;
+    let revision = format!("{revision}{dirty}");
+    let mut config = config(&dockerfile, &revision)?;
+    let binary = fs::read(static_binary(profile, &revision)?)?;
+    ensure!(!has_interpreter(&binary), "the binary is not static: it asks for a dynamic loader");
 
     let layer = layer(&binary, seconds.parse()?)?;
     let packed = gzip(&layer)?;
@@ -87,7 +87,7 @@ pub fn build(name: Option<&str>, profile: &str) -> anyhow::Result<Image> {
 }
 
 /// Builds the operator without any library that it would have to find in the image.
-fn static_binary(profile: &str) -> anyhow::Result<PathBuf> {
+fn static_binary(profile: &str, revision: &str) -> anyhow::Result<PathBuf> {
     // Before that, looking up a name loads libraries, which an empty image does not have.
     let libc = output(Command::new("getconf").arg("GNU_LIBC_VERSION")).context("glibc is needed")?;
     let minor = libc.trim().strip_prefix("glibc 2.").and_then(|minor| minor.parse::<u32>().ok());
@@ -102,6 +102,7 @@ fn static_binary(profile: &str) -> anyhow::Result<PathBuf> {
     let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))).context("there is no home folder")?;
     let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
     let flags = ["-Ctarget-feature=+crt-static".into(), remap(root(), "/src"), remap(&home, "/cargo")];
+    build.env("AUDIT_LOG_SWEEPER_REVISION", revision);
     build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
     executable(build)
 }

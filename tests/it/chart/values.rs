@@ -10,12 +10,24 @@ use support::process::output;
 
 use crate::fixtures::Operator;
 use crate::fixtures::operator::chart;
+use crate::metrics::{PREFIX, samples};
+
+/// Every alert.
+const ALERTS: [&str; 7] = [
+    "AuditLogSweeperNotSucceeding",
+    "AuditLogSweeperBacklogNotBounded",
+    "AuditLogSweeperLimitReached",
+    "AuditLogSweeperRowsTimedOut",
+    "AuditLogSweeperSuspended",
+    "AuditLogSweeperUnsweepableRows",
+    "AuditLogSweeperNoLeader",
+];
 
 /// What every mode has.
 const ALWAYS: [&str; 5] = ["Deployment", "Pod", "Role", "RoleBinding", "ServiceAccount"];
 
 /// Every mode: its values, where `NS` is the namespace, and the kinds it has beyond [`ALWAYS`].
-const MODES: [(&[&str], &[&str]); 8] = [
+const MODES: [(&[&str], &[&str]); 9] = [
     (&[], &["ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"]),
     (&["crds.enabled=false,rbac.aggregate=false"], &["ClusterRole", "ClusterRoleBinding"]),
     (&["crds.enabled=false", "watchNamespaces={NS,default}"], &[]),
@@ -56,6 +68,15 @@ const MODES: [(&[&str], &[&str]); 8] = [
         &[],
     ),
     (&["crds.enabled=false", "watchNamespaces={NS}", "global.imageRegistry=of.another.chart,replicaCount=0"], &[]),
+    (
+        &[
+            "crds.enabled=false",
+            "watchNamespaces={NS}",
+            "metrics.service.enabled=true,metrics.perObject=false",
+            "networkPolicy.enabled=true,networkPolicy.metricsFrom[0].namespaceSelector.matchLabels.team=monitoring",
+        ],
+        &["NetworkPolicy", "Service"],
+    ),
 ];
 
 /// A namespace with the service account that pods are given when they name none, as in a cluster with controllers.
@@ -215,6 +236,69 @@ async fn values_reach_what_they_are_for() {
             .iter()
             .all(|arg| args.contains(arg))
     );
+    assert!(!args.contains("--object-metrics"), "{args}");
+
+    let objects = mode(8);
+    let (service, args) = (of_kind(&objects, "Service"), container(&objects)["args"].to_string());
+    assert!(args.contains("\"--object-metrics=false\""), "{args}");
+    let labels = of_kind(&objects, "Deployment")["spec"]["template"]["metadata"]["labels"].as_object().unwrap();
+    let selector = service["spec"]["selector"].as_object().unwrap();
+    assert!(!selector.is_empty() && selector.iter().all(|(key, value)| labels.get(key) == Some(value)), "{service}");
+    assert_eq!(service["spec"]["ports"][0]["targetPort"], container(&objects)["ports"][0]["name"]);
+    let ingress = &of_kind(&objects, "NetworkPolicy")["spec"]["ingress"];
+    assert_eq!(ingress[0]["from"][0]["namespaceSelector"]["matchLabels"]["team"], "monitoring");
+    assert_eq!(ingress[0]["ports"][0]["port"], container(&objects)["ports"][0]["name"]);
+}
+
+/// What Helm renders of the monitoring kinds, whose CRDs the test's API server does not have.
+#[test]
+fn what_prometheus_watches_is_what_there_is() {
+    let helm = support::tools::Tools::helm().unwrap();
+    let values = "metrics.serviceMonitor.enabled=true,metrics.serviceMonitor.interval=15s,\
+                  metrics.serviceMonitor.labels.release=mine,metrics.prometheusRule.enabled=true,\
+                  metrics.prometheusRule.labels.release=yours,metrics.prometheusRule.runbookUrl=https://docs/#";
+    let mut command = Command::new(&helm);
+    command.args(["template", "dry", "-n", "sweeper", "--skip-tests"]).arg(chart()).args(["--set", values]);
+    let rendered = output(&mut command).unwrap();
+    let objects: Vec<Value> = rendered
+        .split("\n---\n")
+        .filter(|text| text.lines().any(|line| line.starts_with("kind:")))
+        .map(|text| serde_saphyr::from_str(text).unwrap())
+        .collect();
+
+    let (service, monitor) = (of_kind(&objects, "Service"), of_kind(&objects, "ServiceMonitor"));
+    let wanted = monitor["spec"]["selector"]["matchLabels"].as_object().unwrap();
+    let labels = service["metadata"]["labels"].as_object().unwrap();
+    assert!(!wanted.is_empty() && wanted.iter().all(|(key, value)| labels.get(key) == Some(value)), "{rendered}");
+    let endpoint = &monitor["spec"]["endpoints"][0];
+    assert_eq!(endpoint["port"], service["spec"]["ports"][0]["name"]);
+    // Else the namespace of an object would be that of the pod.
+    assert_eq!(
+        [&endpoint["honorLabels"], &endpoint["interval"], &endpoint["path"]],
+        [&json!(true), &json!("15s"), &json!("/metrics")]
+    );
+    assert_eq!(monitor["metadata"]["labels"]["release"], "mine");
+
+    let rule = of_kind(&objects, "PrometheusRule");
+    assert_eq!(rule["metadata"]["labels"]["release"], "yours");
+    let rules = rule["spec"]["groups"][0]["rules"].as_array().unwrap();
+    let names: Vec<&str> = rules.iter().map(|rule| rule["alert"].as_str().unwrap()).collect();
+    assert_eq!(names, ALERTS);
+    for rule in rules {
+        let (name, expr) = (rule["alert"].as_str().unwrap(), rule["expr"].as_str().unwrap());
+        let used: Vec<&str> = expr
+            .split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_')
+            .filter(|word| word.starts_with(PREFIX))
+            .collect();
+        assert!(!used.is_empty() && used.iter().all(|metric| samples().contains(*metric)), "{name}: {used:?}");
+        // Of this release alone, and by the job that a ServiceMonitor gives it: the name of the Service.
+        let job = format!("{{job={}", service["metadata"]["name"]);
+        assert_eq!(expr.matches(&job).count(), used.len(), "{name}: {expr}");
+        assert_eq!(expr.matches('(').count(), expr.matches(')').count(), "{name}: {expr}");
+        assert_eq!(rule["annotations"]["runbook_url"], format!("https://docs/#{}", name.to_lowercase()));
+        let texts = [&rule["annotations"]["summary"], &rule["annotations"]["description"], &rule["labels"]["severity"]];
+        assert!(texts.iter().all(|text| !text.as_str().unwrap().is_empty()), "{rule}");
+    }
 }
 
 #[test]
@@ -238,6 +322,8 @@ fn nonsense_is_refused_and_named() {
         ("watchNamespaces={Team}", "'/watchNamespaces/0': 'Team' does not match pattern"),
         ("watchNamespaces={a,a}", "'/watchNamespaces': items at 0 and 1 are equal"),
         ("logLevel=loud", "'/logLevel': value must be one of 'error', 'warn', 'info', 'debug', 'trace'"),
+        ("metrics.serviceMonitor.interval=often", "'/metrics/serviceMonitor/interval': 'often' does not match pattern"),
+        ("metrics.enabled=true", "additional properties 'enabled' not allowed"),
         ("maxConcurrentSweeps=0", "'/maxConcurrentSweeps': minimum: got 0, want 1"),
         ("maxSweepsPerServer=0", "'/maxSweepsPerServer': minimum: got 0, want 1"),
         ("crds.enabled=maybe", "'/crds/enabled': got string, want boolean"),

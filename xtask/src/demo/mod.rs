@@ -145,8 +145,8 @@ impl Demo<'_> {
         let token = self.control_plane.service_account_token("sweeper", "audit-log-sweeper").await?;
         let kubeconfig = self.control_plane.kubeconfig_for(&token, "audit-log-sweeper")?;
         screen.run(&mut self.control_plane.kubectl(), &["create", "namespace", "demo"])?;
-        screen.command("audit-log-sweeper run --namespace demo");
-        let program = ["run", "--namespace", "demo", "--health-address", "127.0.0.1:0"];
+        screen.command("audit-log-sweeper run --lease-namespace sweeper");
+        let program = ["run", "--lease-namespace", "sweeper", "--health-address", "127.0.0.1:0"];
         let program = program.into_iter().fold(Program::new("operator", operator), Program::arg);
         self.operator = Some(program.env("KUBECONFIG", kubeconfig).start(self.scratch)?);
         Ok(())

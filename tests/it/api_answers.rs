@@ -1,0 +1,139 @@
+//! An API server that refuses requests for a while, or closes watches: counts arrive, and edits are seen, afterwards.
+
+use std::time::{Duration, Instant};
+
+use audit_log_sweeper::schedule::Grid;
+use chrono::{DateTime, TimeDelta, Utc};
+use serde_json::{Value, json};
+use support::wait::eventually;
+
+use crate::fixtures::gateway::{End, Refusal};
+use crate::fixtures::log::assert_one_swept_at_a_time;
+use crate::fixtures::operator::{has, replica};
+use crate::fixtures::{Gateway, Log, Operator};
+
+/// How long requests are refused.
+const REFUSING: Duration = Duration::from_secs(10);
+
+fn time(status: &Value, field: &str) -> DateTime<Utc> {
+    status[field].as_str().unwrap_or_else(|| panic!("no {field} in {status:#}")).parse().unwrap()
+}
+
+/// Refuses during a sweep of 40 rows of 50, and while another object is swept every 5 s, a row at a time.
+async fn rides_out(refusal: Refusal, args: &[&str]) {
+    let (log, ticks, operator) = (Log::slow(50).await, Log::new().await, Operator::absent().await);
+    ticks.start_many(100).await;
+    operator.secret_for(&log).await;
+    operator.secret("ticks", &[("uri", &ticks.database.uri())]).await;
+    let gateway = Gateway::new(&operator.kubeconfig(None).await, &operator.scratch).await;
+    let mut process = replica("a", &gateway.kubeconfig, &operator.scratch, &operator.namespace, args);
+    let database = json!({ "secretRef": { "name": "ticks" }, "tls": { "mode": "Disable" } });
+    let tick = json!({ "period": "5s", "limit": 1, "database": database });
+    let uid = operator.apply("tick", tick).await.metadata.uid.unwrap();
+    operator.until("tick", "the first sweep", |s| s["totals"]["sweeps"] == json!(1)).await;
+    operator.apply("app", json!({ "batchSize": 1, "limit": 40, "period": "1h" })).await;
+    log.until_swept(2).await;
+
+    gateway.refuse(Some(refusal));
+    let began = Instant::now();
+    eventually("every kind of request to be refused for a while", Duration::from_secs(40), async || {
+        let kinds = ["/status", "/leases/", "watch=true", "GET "].map(|kind| gateway.refused(kind));
+        if kinds[2] == 0 {
+            gateway.end_watches(End::Closed);
+        }
+        if began.elapsed() >= REFUSING && kinds.iter().all(|refused| *refused > 0) {
+            Ok(())
+        } else {
+            Err(format!("{kinds:?}"))
+        }
+    })
+    .await;
+    gateway.refuse(None);
+
+    let patience = Duration::from_secs(40);
+    eventually("the counts", patience, async || {
+        let status = json!(operator.api().get("app").await.unwrap().status);
+        let swept = log.timed_out().await;
+        let done = status["totals"]["timedOut"] == json!(40) && has(&status, "Ready=True/LimitReached");
+        if done && swept.len() == 40 { Ok(()) } else { Err(format!("{swept:?} {status:#}")) }
+    })
+    .await;
+    // A sweep that was made again would have taken more.
+    assert_eq!(log.timed_out().await, (1..=40).collect::<Vec<_>>());
+    let trail = log.trail().await;
+    assert_one_swept_at_a_time(&trail);
+    assert_eq!(trail.iter().map(|(_, _, rows)| rows).sum::<u32>(), 40);
+
+    let before = ticks.timed_out().await.len();
+    let status = eventually("two sweeps on the grid, and all of them counted", patience, async || {
+        let status = json!(operator.api().get("tick").await.unwrap().status);
+        let (counted, rows) = (status["totals"]["timedOut"].as_u64(), ticks.timed_out().await);
+        let all = counted == u64::try_from(rows.len()).ok() && rows.len() >= before + 2;
+        if all && has(&status, "Ready=True/LimitReached") { Ok(status) } else { Err(format!("{rows:?} {status:#}")) }
+    })
+    .await;
+    let last = u32::try_from(status["totals"]["timedOut"].as_u64().unwrap()).unwrap();
+    assert_eq!(ticks.timed_out().await, (1..=last).collect::<Vec<_>>());
+    let (grid, slot) = (Grid::new(&uid, Duration::from_secs(5)), time(&status, "lastScheduleTime"));
+    assert_eq!((grid.latest(slot), &status["lastSweep"]["trigger"]), (slot, &json!("Schedule")));
+    let late = time(&status, "lastAttemptTime") - slot;
+    assert!(late <= TimeDelta::seconds(2), "{late}: {status:#}");
+    assert_eq!(status["totals"]["failures"], json!(0), "{status:#}");
+    assert!(process.is_running(), "{}", process.log_tail(30));
+}
+
+#[tokio::test]
+async fn too_many_requests_cost_no_count_and_no_second_sweep() {
+    rides_out(Refusal::all(429), &[]).await;
+}
+
+#[tokio::test]
+async fn errors_that_cost_the_lead_cost_no_count_and_no_second_sweep() {
+    rides_out(Refusal::all(500), &["--lease-duration=3s"]).await;
+}
+
+#[tokio::test]
+async fn an_api_server_that_answers_one_in_three_costs_no_count_and_no_second_sweep() {
+    rides_out(Refusal { code: 503, of: "", spare: 3 }, &[]).await;
+}
+
+#[tokio::test]
+async fn a_watch_that_ended_is_opened_again_and_edits_are_seen() {
+    let (log, operator) = (Log::new().await, Operator::absent().await);
+    operator.secret_for(&log).await;
+    let gateway = Gateway::new(&operator.kubeconfig(None).await, &operator.scratch).await;
+    let _process = replica("a", &gateway.kubeconfig, &operator.scratch, &operator.namespace, &[]);
+    let edit = async |suspend: bool| operator.apply("app", json!({ "period": "1h", "suspend": suspend })).await;
+    let seen = async |suspended| operator.until("app", "the edit", move |s| has(s, suspended)).await;
+    let watches = || gateway.passed("auditlogsweepers?&watch=true");
+    edit(false).await;
+    seen("Suspended=False/NotSuspended").await;
+    for how in [End::Closed, End::Broken] {
+        let opened = watches();
+        gateway.end_watches(how);
+        eventually("another watch", Duration::from_secs(20), async || {
+            if watches() > opened { Ok(()) } else { Err(opened.to_string()) }
+        })
+        .await;
+        edit(true).await;
+        seen("Suspended=True/Suspended").await;
+        edit(false).await;
+        seen("Suspended=False/NotSuspended").await;
+    }
+    // Edited while no watch is open; and 410 is how a server says that it no longer knows what came before.
+    for (code, suspend, condition) in
+        [(503, true, "Suspended=True/Suspended"), (410, false, "Suspended=False/NotSuspended")]
+    {
+        let refused = gateway.refused("watch=true");
+        gateway.refuse(Some(Refusal { code, of: "watch=true", spare: 0 }));
+        gateway.end_watches(End::Closed);
+        eventually("the watch to be refused", Duration::from_secs(20), async || {
+            let now = gateway.refused("watch=true");
+            if now > refused { Ok(()) } else { Err(now.to_string()) }
+        })
+        .await;
+        edit(suspend).await;
+        gateway.refuse(None);
+        seen(condition).await;
+    }
+}
