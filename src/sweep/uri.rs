@@ -149,10 +149,9 @@ pub(super) fn read(uri: &ConnectionUri) -> Result<Parsed, Error> {
     if parsed.config.get_user().is_none_or(str::is_empty) {
         return Err(Error::Uri("it names no user"));
     }
-    // Signs of a URI that was put together wrongly: what follows them may be a piece of the password.
-    let odd = |name: Option<&str>| name.is_some_and(|name| name.contains([':', ';', '&', '=', '@', '\0']));
-    if odd(parsed.config.get_user()) || odd(parsed.config.get_dbname()) {
-        return Err(Error::Uri("its user or database has one of the characters : ; & = @ in its name"));
+    let nul = |name: Option<&str>| name.is_some_and(|name| name.contains('\0'));
+    if nul(parsed.config.get_user()) || nul(parsed.config.get_dbname()) {
+        return Err(Error::Uri("its user or database has a NUL character in its name"));
     }
     if parsed.config.get_hosts().len() > 1 {
         // Of several servers only one takes writes; without this, a standby that answers first would be the end of it.
@@ -368,9 +367,7 @@ mod tests {
             "postgresql://:hunter2@h/d",
             "postgresql://u:hunter2@[fd00::1/d",
             "postgresql://u:hunter2@h/a/b",
-            "postgresql://u:x@h/d;password=hunter2",
-            "postgresql://u:x@h/d&password=hunter2",
-            "postgresql://u%3Ahunter2:x@h/d",
+            "postgresql://u%00:hunter2@h/d",
             "postgresql://u:hunter2@h/d?sslcrl=/crl.pem",
             "postgresql://u:hunter2@h/d?gssencmode=require",
             "postgresql://u:hunter2@h/d?port=5433",

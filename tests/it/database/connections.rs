@@ -217,6 +217,22 @@ async fn hostile_passwords_work_encoded_or_not() {
 }
 
 #[tokio::test]
+async fn a_refused_login_shows_no_piece_of_a_badly_written_uri() {
+    let log = Log::new().await;
+    let (user, place) = (&log.database.user, format!("127.0.0.1:{}", log.database.port));
+    let password = &log.database.password;
+    for (uri, reason) in [
+        (format!("postgresql://{user}:{password}@{place}/app;password=hunter2"), Reason::DatabaseNotFound),
+        (format!("postgresql://{user}%3Ahunter2:x@{place}/app"), Reason::AuthenticationFailed),
+        (format!("postgresql://{user}:{password}@{place}/{user}?options=-c%20hunter2=1"), Reason::InvalidConnectionURI),
+    ] {
+        let error = sweep(&log.job_at(&uri, json!({})), &CancellationToken::new()).await.error.unwrap();
+        assert_eq!(error.reason(), reason, "{error}");
+        assert!(!error.to_string().contains("hunter2"), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn of_several_hosts_the_one_that_takes_writes_is_swept() {
     let settings = vec![("default_transaction_read_only".into(), "on".into())];
     let standby = PostgresServer::start(PostgresOptions { settings, ..Default::default() }).await.unwrap();
