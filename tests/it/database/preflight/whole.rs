@@ -186,7 +186,8 @@ async fn nothing_is_changed_and_no_row_is_locked() {
 async fn a_standby_a_read_only_database_and_no_database() {
     let mut server = PostgresServer::start(PostgresOptions::default()).await.unwrap();
     let log = Log::on(&server).await;
-    let job = log.job(json!({}));
+    // Straight to the server: a pooler answers for one that is gone.
+    let job = log.job_at(&log.database.uri(), json!({}));
     // A sweep asks for read and write by itself.
     log.run(&format!("ALTER DATABASE {} SET default_transaction_read_only = on", log.database.name)).await;
     assert!(preflight::check(&job.plan, &job.target).await.unwrap().findings.is_empty());
