@@ -8,23 +8,17 @@ use serde_json::{Value, json};
 use super::input::{self, Input, Source};
 use super::{Output, complain, print};
 use crate::sweep::preflight::{self, Checked, Finding, Fix, Severity, Subject};
-use crate::telemetry::{LogFormat, LogLevel, start_logs};
+use crate::telemetry::{LogFormat, start_logs};
 
 #[derive(Debug, Args)]
 pub struct Check {
     #[command(flatten)]
     source: Source,
-    /// How the result is printed
-    #[arg(short, long, value_enum, default_value = "text")]
-    output: Output,
-    /// The least severe log lines that are written
-    #[arg(long, value_enum, default_value = "warn")]
-    log_level: LogLevel,
 }
 
 /// Checks once. Changes nothing.
 pub async fn check(args: Check) -> ExitCode {
-    start_logs(LogFormat::Text, args.log_level);
+    start_logs(LogFormat::Text, args.source.log_level);
     let Input { plan, target } = match input::read(&args.source) {
         Ok(input) => input,
         Err(error) => return complain(&error, 2),
@@ -33,7 +27,7 @@ pub async fn check(args: Check) -> ExitCode {
     let checked = preflight::check(&plan, &target)
         .await
         .unwrap_or_else(|error| Checked { findings: vec![Finding::from(&error)], ..Checked::default() });
-    let written = match args.output {
+    let written = match args.source.output {
         Output::Json => print(&json_report(&checked)),
         Output::Text => print(&text_report(&checked)),
     };

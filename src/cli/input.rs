@@ -8,12 +8,13 @@ use anyhow::Context;
 use clap::Args;
 use kube::ResourceExt;
 
-use super::default_roots;
+use super::{Output, default_roots};
 use crate::api::manifest::{self, Manifest};
 use crate::credentials::{self, ConnectionUri, Credentials, SecretData};
 use crate::sweep::{Plan, Target};
+use crate::telemetry::LogLevel;
 
-/// Where the object and its database are found.
+/// Where the object and its database are found, and how to tell of them.
 #[derive(Debug, Args)]
 pub struct Source {
     /// File with the AuditLogSweeper, and its Secrets if the database is to be found by them; - for standard input
@@ -22,6 +23,12 @@ pub struct Source {
     /// URI of the database, in place of the Secret [env: DATABASE_URL, which no other user of the machine sees]
     #[arg(long)]
     database_url: Option<String>,
+    /// How the result is printed
+    #[arg(short, long, value_enum, default_value = "text")]
+    pub output: Output,
+    /// The least severe log lines that are written
+    #[arg(long, value_enum, default_value = "warn")]
+    pub log_level: LogLevel,
 }
 
 /// What a command works on.

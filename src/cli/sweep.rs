@@ -9,23 +9,17 @@ use super::input::{self, Input, Source};
 use super::{Output, complain, print, stop_signal};
 use crate::api::status::Outcome;
 use crate::sweep::{Job, Report};
-use crate::telemetry::{LogFormat, LogLevel, start_logs};
+use crate::telemetry::{LogFormat, start_logs};
 
 #[derive(Debug, Args)]
 pub struct Sweep {
     #[command(flatten)]
     source: Source,
-    /// How the result is printed
-    #[arg(short, long, value_enum, default_value = "text")]
-    output: Output,
-    /// The least severe log lines that are written
-    #[arg(long, value_enum, default_value = "warn")]
-    log_level: LogLevel,
 }
 
 /// Sweeps once.
 pub async fn sweep(args: Sweep) -> ExitCode {
-    start_logs(LogFormat::Text, args.log_level);
+    start_logs(LogFormat::Text, args.source.log_level);
     let job = match input::read(&args.source) {
         Ok(Input { plan, target }) => Job { limit: plan.limit, plan, target, resume_after: None },
         Err(error) => return complain(&error, 2),
@@ -35,7 +29,7 @@ pub async fn sweep(args: Sweep) -> ExitCode {
         Err(error) => return complain(&anyhow::Error::from(error).context("cannot listen for signals"), 1),
     };
     let report = crate::sweep::sweep(&job, &stop).await;
-    let written = match args.output {
+    let written = match args.source.output {
         Output::Json => print(&json_report(&job, &report)),
         Output::Text => print(&text_report(&report)),
     };

@@ -52,7 +52,7 @@ pub fn decide(
     let observed = status.observed_generation == Some(subject.generation);
     let request = subject.request.clone().filter(|request| status.last_handled_request.as_ref() != Some(request));
     if subject.spec.suspend {
-        let said = conditions::find(&status.conditions, ConditionType::Suspended).is_some_and(|c| c.status == "True");
+        let said = conditions::is_true(&status.conditions, ConditionType::Suspended);
         return if said && observed && request.is_none() { Decision::Wait(None) } else { Decision::Suspend };
     }
     let next = status.next_schedule_time.filter(|next| plausible(*next, now, subject));

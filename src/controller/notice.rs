@@ -52,9 +52,7 @@ pub fn notices(update: &Update, old: &AuditLogSweeperStatus, new: &AuditLogSweep
             _ => Notice::new(false, "SweepRequested", "Sweep", "a sweep was requested, and begun"),
         });
     }
-    let suspended = |status: &AuditLogSweeperStatus| {
-        conditions::find(&status.conditions, ConditionType::Suspended).is_some_and(|c| c.status == "True")
-    };
+    let suspended = |status: &AuditLogSweeperStatus| conditions::is_true(&status.conditions, ConditionType::Suspended);
     match (suspended(old), suspended(new)) {
         (false, true) => {
             notices.push(Notice::new(false, "Suspended", "Suspend", "spec.suspend is true: no sweep begins"));

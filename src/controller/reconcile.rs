@@ -330,9 +330,8 @@ impl Attempt<'_> {
 
     /// Whether a whole preflight goes before it.
     fn needs_check(&self, context: &Context) -> bool {
-        let ready = self.object.status.as_ref().is_some_and(|status| {
-            conditions::find(&status.conditions, ConditionType::SchemaReady).is_some_and(|c| c.status == "True")
-        });
+        let status = self.object.status.as_ref();
+        let ready = status.is_some_and(|status| conditions::is_true(&status.conditions, ConditionType::SchemaReady));
         let memory = context.memories.get(&self.subject.uid);
         memory.needs_check(ready, self.subject.generation, &self.secrets, self.start)
     }

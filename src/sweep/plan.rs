@@ -57,6 +57,13 @@ pub struct Names {
     pub complete: Vec<(String, Option<String>)>,
 }
 
+impl Names {
+    /// Whether a sweep sets this column.
+    pub fn sets(&self, column: &str) -> bool {
+        column == self.time_completed || self.complete.iter().any(|(name, _)| name == column)
+    }
+}
+
 impl Plan {
     /// The plan of a spec.
     ///

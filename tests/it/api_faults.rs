@@ -8,16 +8,13 @@ use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use support::control_plane::ControlPlane;
 use support::process::output;
-use support::scratch::Scratch;
-use support::tools::Tools;
 use support::wait::eventually;
 
 use crate::fixtures::log::assert_one_swept_at_a_time;
-use crate::fixtures::operator::{PATIENCE, RELEASE, has, install, namespace, port, replica};
+use crate::fixtures::operator::{PATIENCE, has, namespace, port, replica};
 use crate::fixtures::relay::Course;
-use crate::fixtures::{Log, Operator, Relay};
+use crate::fixtures::{Log, Operator, Own, Relay};
 
 /// An AuditLogSweeper that uses the Secret `db` of its namespace.
 fn object(name: &str, rest: Value) -> AuditLogSweeper {
@@ -36,14 +33,8 @@ async fn secret(client: &kube::Client, namespace: &str, log: &Log) {
 
 #[tokio::test]
 async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
-    let tools = tokio::task::spawn_blocking(Tools::ensure).await.unwrap().unwrap();
     // For its own API server and etcd, which it stops.
-    let mut plane = ControlPlane::start(&tools).await.unwrap();
-    install(&plane).await;
-    let client = plane.client().await.unwrap();
-    let (namespace, scratch) = (namespace(&client).await, Scratch::new(None).unwrap());
-    let token = plane.service_account_token(RELEASE.0, RELEASE.1).await.unwrap();
-    let config = plane.kubeconfig_for(&token, &namespace).unwrap();
+    let Own { mut plane, client, namespace, scratch, config } = Own::new().await;
     let mut process = replica("a", &config, &scratch, &namespace, &[]);
     let log = Log::slow(40).await;
     secret(&client, &namespace, &log).await;

@@ -6,14 +6,11 @@ use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
-use support::control_plane::ControlPlane;
 use support::process::output;
-use support::scratch::Scratch;
-use support::tools::Tools;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, RELEASE, conditions, has, install, namespace, probe, start};
-use crate::fixtures::{Log, Operator};
+use crate::fixtures::operator::{PATIENCE, conditions, has, probe, replica};
+use crate::fixtures::{Log, Operator, Own};
 
 #[tokio::test]
 async fn an_applied_object_is_swept_and_kubectl_shows_it() {
@@ -367,18 +364,13 @@ async fn a_write_of_others_during_a_sweep_is_not_undone_and_does_not_lose_the_co
 
 #[tokio::test]
 async fn a_malformed_object_is_told_so_and_stops_no_other() {
-    let tools = tokio::task::spawn_blocking(Tools::ensure).await.unwrap().unwrap();
     // For its own CRD, which lets everything through, as one of another version might.
-    let plane = ControlPlane::start(&tools).await.unwrap();
-    install(&plane).await;
+    let Own { plane, namespace, scratch, config, .. } = Own::new().await;
     let loose = json!([{ "op": "replace", "path": "/spec/versions/0/schema/openAPIV3Schema/properties/spec",
         "value": { "type": "object", "x-kubernetes-preserve-unknown-fields": true } }]);
     let crd = ["patch", "crd", "auditlogsweepers.auditlog.dev", "--type=json", "-p"];
     output(plane.kubectl().args(crd).arg(loose.to_string())).unwrap();
-    let client = plane.client().await.unwrap();
-    let namespace = namespace(&client).await;
     let object = |name: &str, spec: &Value| json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": name, "namespace": namespace }, "spec": spec });
-    let scratch = Scratch::new(None).unwrap();
     let apply = |name: &str, object: Value| {
         let file = scratch.write(&format!("{name}.json"), object.to_string(), None).unwrap();
         output(plane.kubectl().arg("apply").arg("-f").arg(file)).map_err(|error| error.to_string())
@@ -386,8 +378,7 @@ async fn a_malformed_object_is_told_so_and_stops_no_other() {
     // The API server takes the looser schema up a moment later.
     let malformed = json!({ "period": ["every", "day"], "timeout": "4d" });
     eventually("a malformed object to be let in", PATIENCE, async || apply("bad", object("bad", &malformed))).await;
-    let token = plane.service_account_token(RELEASE.0, RELEASE.1).await.unwrap();
-    let _operator = start(&plane, &scratch, &namespace, &token, &[]);
+    let _operator = replica("operator", &config, &scratch, &namespace, &[]);
 
     let log = Log::new().await;
     log.start(1, "2 h").await;

@@ -8,16 +8,13 @@ use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use support::control_plane::ControlPlane;
 use support::process::{Process, output};
-use support::scratch::Scratch;
-use support::tools::Tools;
 use support::wait::eventually;
 
 use crate::fixtures::log::assert_one_swept_at_a_time;
-use crate::fixtures::operator::{PATIENCE, RELEASE, has, install, namespace, port, probe, replica, until_says};
+use crate::fixtures::operator::{PATIENCE, RELEASE, has, port, probe, replica, until_says};
 use crate::fixtures::relay::Course;
-use crate::fixtures::{Log, Operator, Relay};
+use crate::fixtures::{Log, Operator, Own, Relay};
 
 /// With it the holder gives up after 2 s, and renews every 0.4 s.
 const SHORT: &str = "--lease-duration=3s";
@@ -167,8 +164,9 @@ async fn a_killed_leader_is_followed_within_the_leases_time() {
     assert_one_swept_at_a_time(&log.trail().await);
 }
 
-#[tokio::test]
-async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts() {
+/// Two replicas and a table that takes long: the first leads and sweeps, and hears the API server through a relay; the
+/// second stands by.
+async fn first_behind_a_relay() -> (Log, Operator, Relay, Process, Process) {
     let (log, operator) = (Log::slow(1000).await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
@@ -177,6 +175,12 @@ async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts()
     log.until_swept(4).await;
     let b = start(&operator, "b", &operator.kubeconfig(None).await, &[SHORT]);
     until_says(&b, "watching").await;
+    (log, operator, relay, a, b)
+}
+
+#[tokio::test]
+async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts() {
+    let (log, operator, relay, a, b) = first_behind_a_relay().await;
     relay.set(Course::Deaf);
     until_held_by(&leases(&operator), "b").await;
     eventually("the second to sweep", PATIENCE, async || {
@@ -210,14 +214,7 @@ async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts()
 
 #[tokio::test]
 async fn the_counts_of_a_lost_lead_are_published_without_it() {
-    let (log, operator) = (Log::slow(1000).await, Operator::absent().await);
-    operator.secret_for(&log).await;
-    operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
-    let relay = Relay::new(port(operator.plane)).await;
-    let a = start(&operator, "a", &operator.kubeconfig(Some(&relay)).await, &[SHORT]);
-    log.until_swept(4).await;
-    let b = start(&operator, "b", &operator.kubeconfig(None).await, &[SHORT]);
-    until_says(&b, "watching").await;
+    let (log, operator, relay, a, b) = first_behind_a_relay().await;
     relay.set(Course::Closed);
     until_says(&a, "trying this object again").await;
     until_held_by(&leases(&operator), "b").await;
@@ -321,14 +318,8 @@ async fn a_deleted_lease_stays_with_its_holder() {
 
 #[tokio::test]
 async fn an_api_server_that_was_gone_finds_one_leader_and_both_processes() {
-    let tools = tokio::task::spawn_blocking(Tools::ensure).await.unwrap().unwrap();
     // For its own API server, which it stops.
-    let mut plane = ControlPlane::start(&tools).await.unwrap();
-    install(&plane).await;
-    let client = plane.client().await.unwrap();
-    let (namespace, scratch) = (namespace(&client).await, Scratch::new(None).unwrap());
-    let token = plane.service_account_token(RELEASE.0, RELEASE.1).await.unwrap();
-    let config = plane.kubeconfig_for(&token, &namespace).unwrap();
+    let Own { mut plane, namespace, scratch, config, .. } = Own::new().await;
     let mut processes = ["a", "b"].map(|pod| replica(pod, &config, &scratch, &namespace, &[SHORT]));
     for process in &processes {
         until_says(process, "watching").await;

@@ -1,14 +1,12 @@
 //! Sweep now, suspend, Observe to Apply, and what is told of it: by kubectl, on the real API server.
 
 use serde_json::{Value, json};
-use support::control_plane::ControlPlane;
 use support::process::output;
 use support::scratch::Scratch;
-use support::tools::Tools;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, RELEASE, has, install, namespace, start};
-use crate::fixtures::{Log, Operator};
+use crate::fixtures::operator::{PATIENCE, has, replica};
+use crate::fixtures::{Log, Operator, Own};
 
 impl Operator {
     /// Asks for a sweep, as the README says.
@@ -295,20 +293,14 @@ async fn what_another_manager_wrote_into_the_status_stays() {
 
 #[tokio::test]
 async fn a_status_that_is_refused_repeats_no_sweep() {
-    let tools = tokio::task::spawn_blocking(Tools::ensure).await.unwrap().unwrap();
-    let plane = ControlPlane::start(&tools).await.unwrap();
-    install(&plane).await;
+    let Own { plane, namespace, scratch, config, .. } = Own::new().await;
     // As under another version's CRD: no message is short enough.
     let path =
         "/spec/versions/0/schema/openAPIV3Schema/properties/status/properties/lastError/properties/message/maxLength";
     let patch = json!([{ "op": "replace", "path": path, "value": 1 }]).to_string();
     output(plane.kubectl().args(["patch", "crd", "auditlogsweepers.auditlog.dev", "--type=json", "-p", &patch]))
         .unwrap();
-    let client = plane.client().await.unwrap();
-    let (namespace, scratch) = (namespace(&client).await, Scratch::new(None).unwrap());
-    let token = plane.service_account_token(RELEASE.0, RELEASE.1).await.unwrap();
-    let lease = format!("--lease-namespace={}", RELEASE.0);
-    let process = start(&plane, &scratch, &namespace, &token, &[&lease]);
+    let process = replica("operator", &config, &scratch, &namespace, &[]);
     let object = "apiVersion: auditlog.dev/v1alpha1\nkind: AuditLogSweeper\nmetadata: {name: app}\n\
                   spec: {period: 8760h, database: {secretRef: {name: nowhere}}}\n";
     let file = scratch.write("app.yaml", object, None).unwrap();

@@ -5,14 +5,11 @@ use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
-use support::control_plane::ControlPlane;
 use support::process::{Program, output};
-use support::scratch::Scratch;
-use support::tools::Tools;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, RELEASE, allow, install, namespace, probe, replica, until_says};
-use crate::fixtures::{Log, Operator};
+use crate::fixtures::operator::{PATIENCE, RELEASE, allow, namespace, probe, replica, until_says};
+use crate::fixtures::{Log, Operator, Own};
 
 #[tokio::test]
 async fn installs_with_selectors_share_a_namespace() {
@@ -121,17 +118,11 @@ async fn several_namespaces_need_only_roles_in_them() {
 
 #[tokio::test]
 async fn a_missing_crd_is_waited_for_aloud_and_a_new_one_is_taken_up() {
-    let tools = tokio::task::spawn_blocking(Tools::ensure).await.unwrap().unwrap();
     // For its own CRD.
-    let plane = ControlPlane::start(&tools).await.unwrap();
-    install(&plane).await;
+    let Own { plane, namespace: name, scratch, config, .. } = Own::new().await;
     let kubectl = |args: &[&str]| output(plane.kubectl().args(args)).unwrap();
     let crd = ["delete", "crd", "auditlogsweepers.auditlog.dev"];
     kubectl(&crd);
-    let client = plane.client().await.unwrap();
-    let (name, scratch) = (namespace(&client).await, Scratch::new(None).unwrap());
-    let token = plane.service_account_token(RELEASE.0, RELEASE.1).await.unwrap();
-    let config = plane.kubeconfig_for(&token, &name).unwrap();
     let process = replica("a", &config, &scratch, &name, &[]);
     let ready = async || probe(&process.log_tail(usize::MAX), "/readyz").await;
     let waits = async || {

@@ -286,10 +286,11 @@ impl Judge<'_> {
     }
 
     fn triggers(&self, checked: &mut Checked) {
-        let set = |name: &String| {
-            *name == self.names.time_completed || self.names.complete.iter().any(|(column, _)| column == name)
-        };
-        let fires = self.table.triggers.iter().filter(|t| t.columns.is_empty() || t.columns.iter().any(set));
+        let fires = self
+            .table
+            .triggers
+            .iter()
+            .filter(|t| t.columns.is_empty() || t.columns.iter().any(|name| self.names.sets(name)));
         let (before, others): (Vec<_>, Vec<_>) = fires.partition(|trigger| trigger.before && trigger.for_each_row);
         for trigger in before {
             let message = format!(

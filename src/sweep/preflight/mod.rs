@@ -23,18 +23,6 @@ use crate::api::Reason;
 /// Reaching the database and planning a statement takes far less than this.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connects and has the server plan the very statement of a batch, which checks names, types and rights. Changes
-/// nothing and locks no row.
-///
-/// # Errors
-/// Those that a sweep would have at the same place.
-pub async fn preflight(plan: &Plan, target: &Target) -> Result<(), Error> {
-    let session = target.connect(plan.deadline).await?;
-    explain(&session, plan).await?;
-    session.close().await;
-    Ok(())
-}
-
 /// Connects and looks at everything that a sweep rests on. Changes nothing and locks no row.
 ///
 /// # Errors

@@ -64,7 +64,7 @@ pub fn trials(plan: &Plan, table: &Table) -> Vec<Trial> {
         };
         let (decided, name) = (is_decided(plan, constraint), name(constraint));
         // What a sweep does not set is mostly NULL in incomplete rows.
-        let others = constraint.columns.iter().flatten().filter(|name| !is_set(plan, name));
+        let others = constraint.columns.iter().flatten().filter(|name| !plan.names.sets(name));
         let others = others.filter_map(|name| Some(format!("{} AS {}", cast(&None, column(name)?), quoted(name))));
         let row: Vec<String> = row.iter().cloned().chain(others).collect();
         let what = if decided {
@@ -131,11 +131,7 @@ pub fn untried(plan: &Plan, facts: &Catalog, table: &Table, checked: &mut Checke
 
 /// Whether what a sweep sets decides a CHECK by itself.
 fn is_decided(plan: &Plan, constraint: &Constraint) -> bool {
-    constraint.columns.iter().all(|column| column.as_ref().is_some_and(|name| is_set(plan, name)))
-}
-
-fn is_set(plan: &Plan, name: &String) -> bool {
-    *name == plan.names.time_completed || plan.names.complete.iter().any(|(column, _)| column == name)
+    constraint.columns.iter().all(|column| column.as_ref().is_some_and(|name| plan.names.sets(name)))
 }
 
 fn name(constraint: &Constraint) -> String {

@@ -41,9 +41,9 @@ pub const GAUGES: [Gauge; 10] = [
     Gauge {
         name: "backlog_bounded",
         help: "Whether the condition BacklogBounded is True or False: 1 or 0",
-        value: |_, status| match status_of(status, ConditionType::BacklogBounded) {
-            Some("True") => Some(1),
-            Some("False") => Some(0),
+        value: |_, status| match conditions::find(&status.conditions, ConditionType::BacklogBounded)?.status.as_str() {
+            "True" => Some(1),
+            "False" => Some(0),
             _ => None,
         },
     },
@@ -77,12 +77,8 @@ pub const GAUGES: [Gauge; 10] = [
 /// One value for each of [`GAUGES`].
 pub type Values = [Option<i64>; GAUGES.len()];
 
-fn status_of(status: &AuditLogSweeperStatus, type_: ConditionType) -> Option<&str> {
-    conditions::find(&status.conditions, type_).map(|condition| condition.status.as_str())
-}
-
 fn is_true(status: &AuditLogSweeperStatus, type_: ConditionType) -> Option<i64> {
-    Some(i64::from(status_of(status, type_) == Some("True")))
+    Some(i64::from(conditions::is_true(&status.conditions, type_)))
 }
 
 /// What the gauges of an object say.

@@ -10,6 +10,7 @@ use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::sweep::preflight::{self, Checked, Fix, RunAs, Severity, Subject};
 use audit_log_sweeper::sweep::{Job, sweep};
 use serde_json::{Value, json};
+use support::leaks::{self, MARKER};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -59,8 +60,8 @@ impl Stage {
     async fn around(log: Log) -> Self {
         let admin = support::postgres::shared().connect(&log.database.name).await.unwrap();
         let name = format!("{}_may_sweep", log.database.user);
-        admin.batch_execute(&format!("CREATE ROLE {name} LOGIN PASSWORD 'pw'")).await.unwrap();
-        let uri = format!("postgresql://{name}:pw@127.0.0.1:{}/{}", log.database.port, log.database.name);
+        admin.batch_execute(&format!("CREATE ROLE {name} LOGIN PASSWORD '{MARKER}'")).await.unwrap();
+        let uri = format!("postgresql://{name}:{MARKER}@127.0.0.1:{}/{}", log.database.port, log.database.name);
         Self { log, admin, login: name, uri }
     }
 
@@ -70,7 +71,9 @@ impl Stage {
 
     async fn check(&self, spec: &Value) -> Checked {
         let Job { plan, target, .. } = self.job(spec.clone());
-        preflight::check(&plan, &target).await.unwrap()
+        let checked = preflight::check(&plan, &target).await.unwrap();
+        leaks::keep(&format!("{checked:?}"));
+        checked
     }
 
     /// Runs SQL of a fix as whom it says, statement by statement.

@@ -5,6 +5,7 @@ use audit_log_sweeper::sweep::preflight::{self, Fix, Severity, Subject};
 use audit_log_sweeper::sweep::sweep;
 use serde_json::json;
 use support::bouncer::Bouncer;
+use support::leaks::MARKER;
 use support::postgres::{PostgresOptions, PostgresServer, Shutdown};
 use tokio_util::sync::CancellationToken;
 
@@ -91,7 +92,7 @@ async fn hostile_names_are_found_and_mended_like_any_other() {
     stage
         .admin
         .batch_execute(&format!(
-            "ALTER ROLE {0} RENAME TO {1}; ALTER ROLE {1} PASSWORD 'pw'",
+            "ALTER ROLE {0} RENAME TO {1}; ALTER ROLE {1} PASSWORD '{MARKER}'",
             stage.login,
             quoted(&renamed)
         ))
