@@ -13,6 +13,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::crd;
@@ -81,18 +82,18 @@ fn print_crd() -> ExitCode {
     yaml().map_or_else(|error| complain(&error, 1), |yaml| print(&yaml))
 }
 
-/// Cancelled at the first SIGTERM or SIGINT.
-fn stop_signal() -> std::io::Result<CancellationToken> {
+/// A token that the first SIGTERM or SIGINT cancels, and the task that listens until then.
+fn stop_signal() -> std::io::Result<(CancellationToken, JoinHandle<()>)> {
     let stop = CancellationToken::new();
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::spawn({
+    let listening = tokio::spawn({
         let stop = stop.clone();
         async move {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
             stop.cancel();
         }
     });
-    Ok(stop)
+    Ok((stop, listening))
 }
 
 /// The CAs to trust where a spec names none: those of `SSL_CERT_FILE`, else those compiled in.

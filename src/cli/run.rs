@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{default_roots, stop_signal};
 use crate::api;
 use crate::controller::lease::{self, Leadership, LeaseSettings};
-use crate::controller::{self, Settings};
+use crate::controller::{self, Clients, Settings};
 use crate::schedule::hash;
 use crate::telemetry::http::{self, Readiness};
 use crate::telemetry::metrics::Metrics;
@@ -123,15 +123,15 @@ pub async fn run(args: Run) -> ExitCode {
 }
 
 async fn operate(args: Run) -> anyhow::Result<()> {
-    let stop = stop_signal().context("cannot listen for signals")?;
+    let (stop, signals) = stop_signal().context("cannot listen for signals")?;
     let default_roots = default_roots()?;
-    let client = kube::Client::try_default()
-        .await
-        .context("cannot find a cluster: run in a pod, or set KUBECONFIG to a kubeconfig file")?;
+    let no_cluster = "cannot find a cluster: run in a pod, or set KUBECONFIG to a kubeconfig file";
+    let config = kube::Config::infer().await.context(no_cluster)?;
+    let clients = Clients::new(config).context(no_cluster)?;
     let listener = http::listen(args.health_address)
         .await
         .with_context(|| format!("cannot listen on {} (--health-address)", args.health_address))?;
-    let (lease, leader_elect) = (args.lease(&client), args.leader_elect);
+    let (lease, leader_elect) = (args.lease(&clients.requests), args.leader_elect);
     let settings = Settings {
         namespaces: args.namespaces,
         selector: args.selector,
@@ -158,15 +158,18 @@ async fn operate(args: Run) -> anyhow::Result<()> {
         let (sender, leadership) = Leadership::elected();
         let (readiness, stop, ended) = (readiness.clone(), stop.clone(), ended.clone());
         let instruments = metrics.instruments.clone();
-        (tokio::spawn(lease::elect(client.clone(), lease, sender, readiness, instruments, stop, ended)), leadership)
+        (
+            tokio::spawn(lease::elect(clients.requests.clone(), lease, sender, readiness, instruments, stop, ended)),
+            leadership,
+        )
     } else {
         (tokio::spawn(ended.clone().cancelled_owned()), Leadership::always(&stop))
     };
     let controller = tokio::spawn({
         let stop = stop.clone();
-        async move { controller::run(client, settings, leadership, readiness, &metrics, stop).await }
+        async move { controller::run(clients, settings, leadership, readiness, &metrics, stop).await }
     });
-    let mut tasks = Tasks { health, election, controller };
+    let mut tasks = Tasks { signals, health, election, controller };
     tasks.until_stopped(&stop).await?;
     tracing::info!("stopping");
     tasks.wind_up(&ended).await
@@ -174,6 +177,7 @@ async fn operate(args: Run) -> anyhow::Result<()> {
 
 /// The tasks that live as long as the process.
 struct Tasks {
+    signals: JoinHandle<()>,
     health: JoinHandle<std::io::Result<()>>,
     election: JoinHandle<()>,
     controller: JoinHandle<()>,
@@ -188,6 +192,7 @@ impl Tasks {
         tokio::select! {
             biased;
             () = stop.cancelled() => Ok(()),
+            result = &mut self.signals => bail!("listening for signals ended: {}", how(result.map(Ok))),
             result = &mut self.health => bail!("the health server ended: {}", how(result)),
             result = &mut self.election => bail!("the election ended: {}", how(result.map(Ok))),
             result = &mut self.controller => bail!("the controller ended: {}", how(result.map(Ok))),
@@ -252,6 +257,7 @@ mod tests {
     /// Tasks that do not end.
     fn tasks() -> Tasks {
         Tasks {
+            signals: tokio::spawn(std::future::pending()),
             health: tokio::spawn(std::future::pending()),
             election: tokio::spawn(std::future::pending()),
             controller: tokio::spawn(std::future::pending()),
@@ -275,6 +281,7 @@ mod tests {
                 Tasks { health: tokio::spawn(async move { Err(bad()) }), ..tasks() },
             ),
             ("the health server ended: a panic", Tasks { health: tokio::spawn(panics()), ..tasks() }),
+            ("listening for signals ended: a panic", Tasks { signals: tokio::spawn(panics()), ..tasks() }),
             ("the election ended: it should not have", Tasks { election: tokio::spawn(async {}), ..tasks() }),
             ("the election ended: a panic", Tasks { election: tokio::spawn(panics()), ..tasks() }),
             ("the controller ended: it should not have", Tasks { controller: tokio::spawn(async {}), ..tasks() }),

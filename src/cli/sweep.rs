@@ -24,11 +24,12 @@ pub async fn sweep(args: Sweep) -> ExitCode {
         Ok(Input { plan, target }) => Job { limit: plan.limit, plan, target, resume_after: None },
         Err(error) => return complain(&error, 2),
     };
-    let stop = match stop_signal() {
-        Ok(stop) => stop,
+    let (stop, listening) = match stop_signal() {
+        Ok(listening) => listening,
         Err(error) => return complain(&anyhow::Error::from(error).context("cannot listen for signals"), 1),
     };
     let report = crate::sweep::sweep(&job, &stop).await;
+    listening.abort();
     let written = match args.source.output {
         Output::Json => print(&json_report(&job, &report)),
         Output::Text => print(&text_report(&report)),

@@ -28,7 +28,7 @@ use futures::stream::FuturesUnordered;
 use kube::core::DeserializeGuard;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::Store;
-use kube::{Client, ResourceExt};
+use kube::{Client, Config, ResourceExt};
 use rustls::RootCertStore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -59,6 +59,33 @@ pub struct Settings {
     pub instance: Option<String>,
     /// The CAs to trust where a spec names none.
     pub default_roots: Arc<RootCertStore>,
+}
+
+/// The ways to one API server.
+#[derive(Clone)]
+pub struct Clients {
+    /// Asks again by itself what is refused for the moment (429, 503, 504).
+    pub requests: Client,
+    /// Does not: its pauses grow to minutes, and a watch that is refused has its own, see [`watch`].
+    pub watches: Client,
+}
+
+impl Clients {
+    /// Both, as the configuration says.
+    ///
+    /// # Errors
+    /// When the configuration cannot be used, such as a certificate that is none.
+    pub fn new(config: Config) -> kube::Result<Self> {
+        let mut impatient = config.clone();
+        impatient.default_retry = false;
+        Ok(Self { requests: Client::try_from(config)?, watches: Client::try_from(impatient)? })
+    }
+}
+
+impl std::fmt::Debug for Clients {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Clients")
+    }
 }
 
 /// What every reconcile shares.
@@ -103,18 +130,19 @@ impl Context {
 /// Works, whenever it leads, until `stop`: then running sweeps end, their counts are published, and it returns. Any
 /// earlier return means that a watch has ended.
 pub async fn run(
-    client: Client,
+    clients: Clients,
     settings: Settings,
     leadership: Leadership,
     readiness: Readiness,
     metrics: &Metrics,
     stop: CancellationToken,
 ) {
-    let scopes = Scope::all(&client, &settings);
+    let scopes = Scope::all(&clients.watches, &settings);
     let turns = Turns::new(settings.max_concurrent_sweeps, settings.max_sweeps_per_server);
     let (memories, running) = (Memories::default(), TaskTracker::new());
     let reporter =
         Reporter { controller: "auditlog.dev/audit-log-sweeper".into(), instance: settings.instance.clone() };
+    let client = clients.requests;
     let recorder = Recorder::new(client.clone(), reporter);
     let server = ApiServer { client, instruments: metrics.instruments.clone() };
     let context = Arc::new(Context { server, settings, memories, turns, recorder, leadership, running });

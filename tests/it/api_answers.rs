@@ -12,15 +12,15 @@ use crate::fixtures::log::assert_one_swept_at_a_time;
 use crate::fixtures::operator::{has, replica};
 use crate::fixtures::{Gateway, Log, Operator};
 
-/// How long requests are refused.
-const REFUSING: Duration = Duration::from_secs(10);
+/// Longer than any pause of the clients in between.
+const MINUTE: Duration = Duration::from_secs(60);
 
 fn time(status: &Value, field: &str) -> DateTime<Utc> {
     status[field].as_str().unwrap_or_else(|| panic!("no {field} in {status:#}")).parse().unwrap()
 }
 
 /// Refuses during a sweep of 40 rows of 50, and while another object is swept every 5 s, a row at a time.
-async fn rides_out(refusal: Refusal, args: &[&str]) {
+async fn rides_out(refusal: Refusal, refusing: Duration, args: &[&str]) {
     let (log, ticks, operator) = (Log::slow(50).await, Log::new().await, Operator::absent().await);
     ticks.start_many(100).await;
     operator.secret_for(&log).await;
@@ -36,12 +36,12 @@ async fn rides_out(refusal: Refusal, args: &[&str]) {
 
     gateway.refuse(Some(refusal));
     let began = Instant::now();
-    eventually("every kind of request to be refused for a while", Duration::from_secs(40), async || {
+    eventually("every kind of request to be refused for a while", refusing + Duration::from_secs(30), async || {
         let kinds = ["/status", "/leases/", "watch=true", "GET "].map(|kind| gateway.refused(kind));
         if kinds[2] == 0 {
             gateway.end_watches(End::Closed);
         }
-        if began.elapsed() >= REFUSING && kinds.iter().all(|refused| *refused > 0) {
+        if began.elapsed() >= refusing && kinds.iter().all(|refused| *refused > 0) {
             Ok(())
         } else {
             Err(format!("{kinds:?}"))
@@ -83,18 +83,18 @@ async fn rides_out(refusal: Refusal, args: &[&str]) {
 }
 
 #[tokio::test]
-async fn too_many_requests_cost_no_count_and_no_second_sweep() {
-    rides_out(Refusal::all(429), &[]).await;
+async fn a_minute_of_too_many_requests_costs_no_count_and_no_second_sweep() {
+    rides_out(Refusal::all(429), MINUTE, &[]).await;
 }
 
 #[tokio::test]
-async fn errors_that_cost_the_lead_cost_no_count_and_no_second_sweep() {
-    rides_out(Refusal::all(500), &["--lease-duration=3s"]).await;
+async fn a_minute_of_errors_that_costs_the_lead_costs_no_count_and_no_second_sweep() {
+    rides_out(Refusal::all(500), MINUTE, &["--lease-duration=3s"]).await;
 }
 
 #[tokio::test]
 async fn an_api_server_that_answers_one_in_three_costs_no_count_and_no_second_sweep() {
-    rides_out(Refusal { code: 503, of: "", spare: 3 }, &[]).await;
+    rides_out(Refusal { code: 503, of: "", spare: 3 }, Duration::from_secs(10), &[]).await;
 }
 
 #[tokio::test]
@@ -136,4 +136,27 @@ async fn a_watch_that_ended_is_opened_again_and_edits_are_seen() {
         gateway.refuse(None);
         seen(condition).await;
     }
+}
+
+#[tokio::test]
+async fn a_watch_that_was_refused_for_a_minute_is_opened_again_within_seconds() {
+    let (log, operator) = (Log::new().await, Operator::absent().await);
+    operator.secret_for(&log).await;
+    let gateway = Gateway::new(&operator.kubeconfig(None).await, &operator.scratch).await;
+    let _process = replica("a", &gateway.kubeconfig, &operator.scratch, &operator.namespace, &[]);
+    operator.apply("app", json!({ "period": "1h" })).await;
+    operator.until("app", "the first sweep", |s| has(s, "Suspended=False/NotSuspended")).await;
+    gateway.refuse(Some(Refusal { code: 503, of: "watch=true", spare: 0 }));
+    gateway.end_watches(End::Closed);
+    tokio::time::sleep(MINUTE / 2).await;
+    let first = gateway.refused("watch=true");
+    tokio::time::sleep(MINUTE / 2).await;
+    // The pauses grow to 5 s and no further; those of the client itself would be at 20 s by now.
+    let second = gateway.refused("watch=true") - first;
+    assert!((5..20).contains(&second), "{first} and then {second} watches were refused");
+    operator.apply("app", json!({ "period": "1h", "suspend": true })).await;
+    gateway.refuse(None);
+    let start = Instant::now();
+    operator.until("app", "the edit", |s| has(s, "Suspended=True/Suspended")).await;
+    assert!(start.elapsed() < Duration::from_secs(12), "{:?}", start.elapsed());
 }
