@@ -32,6 +32,9 @@ enum Task {
         /// Run the database suite alone, with every sweep through PgBouncer in transaction mode
         #[arg(long)]
         pgbouncer: bool,
+        /// Run all but the database suite on this minor version of Kubernetes: 1.34, the oldest that is supported
+        #[arg(long, value_name = "MINOR", conflicts_with_all = ["postgres", "pgbouncer"])]
+        kubernetes: Option<String>,
         /// Passed on to `cargo test`
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -82,7 +85,9 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Task::Test { postgres, pgbouncer, arguments } => test::run(postgres, pgbouncer, &arguments),
+        Task::Test { postgres, pgbouncer, kubernetes, arguments } => {
+            test::run(postgres, pgbouncer, kubernetes.as_deref(), &arguments)
+        }
         Task::History { seconds, seed } => history::run(seconds, seed),
         Task::Image { name, profile } => image::run(name.as_deref(), &profile).map(|()| ExitCode::SUCCESS),
         Task::E2e { load_image, database_host, profile } => {
