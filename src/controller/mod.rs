@@ -153,6 +153,7 @@ pub async fn run(
     });
     let mut watched: FuturesUnordered<_> =
         scopes.into_iter().map(|scope| scope.run(&context, &stores, &readiness, &stop)).collect();
+    readiness.started();
     let ended = async {
         while watched.next().await.is_some() {
             if !stop.is_cancelled() {

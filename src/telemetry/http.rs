@@ -13,10 +13,25 @@ use tokio_util::sync::CancellationToken;
 use super::metrics::{self, Metrics};
 
 /// What the process waits for, if it does: a text for each of its parts that is not able to work.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Readiness(Arc<Mutex<BTreeMap<String, String>>>);
 
+/// The part that waits until all others have said what they wait for.
+const START: &str = "start";
+
+impl Default for Readiness {
+    /// Waits for [`Readiness::started`]: somebody may ask before any part had a chance to say that it is not ready.
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(BTreeMap::from([(START.into(), "the start".into())]))))
+    }
+}
+
 impl Readiness {
+    /// Every part has said what it waits for.
+    pub fn started(&self) {
+        self.set(START, None);
+    }
+
     /// Sets what a part waits for; None: that part is ready.
     pub fn set(&self, part: &str, waiting_for: Option<String>) {
         let mut parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,4 +81,20 @@ pub async fn serve(
         .route("/readyz", get(ready))
         .route("/metrics", get(exposition));
     axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_ready_before_every_part_has_said_what_it_waits_for() {
+        let readiness = Readiness::default();
+        assert_eq!(readiness.waiting_for(), ["the start"]);
+        readiness.set("watch", Some("a list".into()));
+        readiness.started();
+        assert_eq!(readiness.waiting_for(), ["a list"]);
+        readiness.set("watch", None);
+        assert!(readiness.waiting_for().is_empty());
+    }
 }

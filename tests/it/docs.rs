@@ -5,6 +5,7 @@ use std::fs;
 use audit_log_sweeper::api::conditions::{ConditionType, Reason};
 use audit_log_sweeper::controller::notice::Notice;
 use audit_log_sweeper::telemetry::metrics::Operation;
+use support::tools::OLDEST;
 
 use crate::fixtures::operator::chart;
 use crate::metrics::samples;
@@ -52,6 +53,18 @@ fn every_alert_has_a_runbook_that_begins_with_what_to_type() {
         let first: Vec<&str> = runbook.lines().filter(|line| !line.is_empty()).take(2).collect();
         assert!(first[0] == "```console" && first[1].starts_with("$ "), "{alert}: {first:?}");
     }
+}
+
+#[test]
+fn the_oldest_kubernetes_that_is_promised_is_the_one_that_is_tested() {
+    let read = |file: &str| fs::read_to_string(format!("{}/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let in_chart = format!("kubeVersion: \">={OLDEST}.0-0\"\n");
+    assert!(read("charts/audit-log-sweeper/Chart.yaml").contains(&in_chart), "{in_chart}");
+    for file in ["README.md", "charts/audit-log-sweeper/README.md"] {
+        assert!(read(file).contains(&format!("\nKubernetes {OLDEST} or newer")), "{file}");
+    }
+    assert!(read("README.md").contains(&format!("`cargo xtask test --kubernetes {OLDEST}`")));
+    assert!(read("Cargo.toml").contains(&format!("\"v{}\"", OLDEST.replace('.', "_"))), "the types of k8s-openapi");
 }
 
 #[test]

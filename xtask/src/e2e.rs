@@ -4,8 +4,7 @@ mod database;
 
 use crate::{image, root};
 use anyhow::{Context, bail, ensure};
-use database::Log;
-use serde_json::Value;
+use database::{CA, Log};
 use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -26,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(90);
 pub fn run(load_image: &str, host: &str, profile: &str) -> anyhow::Result<()> {
     let tools = Tools::ensure()?;
     let tag = format!("e2e-{}", &random_hex()[..10]);
-    let image = image::build(Some(&format!("{REPOSITORY}:{tag}")), profile)?;
+    let image = image::build(root(), Some(&format!("{REPOSITORY}:{tag}")), profile)?;
     println!("{} is {:.1} MB", image.name, image.bytes as f64 / 1e6);
     output(Command::new("sh").args(["-c", &format!("{load_image} \"$1\""), "sh"]).arg(&image.path))
         .context("--load-image")?;
@@ -37,7 +36,7 @@ pub fn run(load_image: &str, host: &str, profile: &str) -> anyhow::Result<()> {
             !cluster.kubectl(&["get", "crd", "-o", "name"])?.contains(CRD),
             "this cluster has the CRD {CRD}, which the end would delete with every object: use another cluster"
         );
-        let log = Log::start(host).await?;
+        let log = Log::start(host, &cluster.namespace).await?;
         let result = tokio::select! {
             result = play(&cluster, &log) => result,
             _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
@@ -55,27 +54,32 @@ async fn play(cluster: &Cluster, log: &Log) -> anyhow::Result<()> {
     step("a namespace that enforces `restricted`, and the chart in it");
     cluster.kubectl(&["create", "namespace", namespace])?;
     cluster.kubectl(&["label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted"])?;
+    for object in log.objects() {
+        cluster.apply(&object.to_string())?;
+    }
     cluster.install("1", "info")?;
     let tested = cluster.helm(&["test", "audit-log-sweeper", "-n", namespace, "--logs"])?;
     ensure!(tested.contains(concat!("audit-log-sweeper ", env!("CARGO_PKG_VERSION"))), "helm test said\n{tested}");
 
-    step("a database that pods find by name, and an object that says to sweep it");
-    for object in log.objects(namespace) {
-        cluster.apply(&object)?;
-    }
-    let mut expected = BTreeSet::new();
-    expected.extend(log.start_rows(250).await?);
-    cluster.apply(&log.sweeper())?;
+    step("the sample is applied, and its rows are swept");
+    let mut expected = log.start_rows(250).await?;
+    cluster.apply(&log.sample(namespace)?)?;
     cluster.kubectl(&["wait", "als/app", "-n", namespace, "--for=condition=Ready", "--timeout=60s"])?;
     cluster.swept(log, &expected).await?;
+
+    step("what people see of it");
     let table = cluster.kubectl(&["get", "als", "-n", namespace])?;
     print!("{table}");
     let columns = ["NAME", "READY", "REASON", "LAST SUCCESS", "TIMED OUT", "BACKLOG", "NEXT SWEEP", "AGE"];
-    ensure!(columns.iter().all(|column| table.contains(column)) && table.contains("True"), "get shows\n{table}");
-    let described = cluster.kubectl(&["describe", "als", "app", "-n", namespace])?;
-    ensure!(described.contains("Last Sweep:") && described.contains("Conditions:"), "describe shows\n{described}");
-    let explained = cluster.kubectl(&["explain", "als.spec.timeout"])?;
-    ensure!(explained.contains("How old an incomplete row must be"), "explain shows\n{explained}");
+    ensure!(columns.iter().all(|column| table.contains(column)), "get shows\n{table}");
+    let row: Vec<_> = table.lines().nth(1).unwrap_or_default().split_whitespace().collect();
+    ensure!(matches!(row[..], ["app", "True", "Swept", _, "250", "0", ..]), "get shows\n{table}");
+    let events = ["events", "--for=auditlogsweeper/app", "-n", namespace];
+    let swept = ["Warning", "RowsTimedOut", "completed 250 rows as timed out"];
+    print!("{}", cluster.shows(&events, &swept).await?);
+    let described = ["Last Sweep:", "Timed Out:", "Conditions:", "Events:", "RowsTimedOut"];
+    cluster.shows(&["describe", "als", "app", "-n", namespace], &described).await?;
+    cluster.shows(&["explain", "als.spec.timeout"], &["How old an incomplete row must be", "KIND:"]).await?;
 
     step("people who may view a namespace see what is swept");
     let may = |verb: &str, role: &str| {
@@ -92,7 +96,9 @@ async fn play(cluster: &Cluster, log: &Log) -> anyhow::Result<()> {
     let rights = [may("list", "view")?, may("create", "view")?, may("create", "edit")?, may("patch", "edit")?];
     ensure!(rights == [true, false, true, true], "view and edit may: {rights:?}");
 
-    step("the pod is deleted: its successor sweeps on");
+    step("the pod is deleted: its successor sweeps on, by an edited spec, in small pieces");
+    let often = r#"{"spec":{"period":"5s","limit":250,"batchSize":25}}"#;
+    cluster.kubectl(&["patch", "als/app", "-n", namespace, "--type=merge", "-p", often])?;
     cluster.kubectl(&["delete", "pod", "-n", namespace, "-l", "app.kubernetes.io/name=audit-log-sweeper"])?;
     expected.extend(log.start_rows(250).await?);
     cluster.swept(log, &expected).await?;
@@ -110,6 +116,7 @@ async fn play(cluster: &Cluster, log: &Log) -> anyhow::Result<()> {
     expected.extend(log.start_rows(1500).await?);
     cluster.install("2", "debug")?;
     cluster.swept(log, &expected).await?;
+    cluster.shows(&events, &["RowsTimedOut", "LimitReached"]).await?;
 
     step("uninstalled: the object and the rows stay");
     cluster.helm(&["uninstall", "audit-log-sweeper", "-n", namespace, "--wait"])?;
@@ -146,13 +153,26 @@ impl Cluster {
         output(self.command("helm").args(args))
     }
 
-    fn apply(&self, object: &Value) -> anyhow::Result<()> {
+    /// Waits until kubectl shows all that is wanted: events come a moment after what they tell of.
+    async fn shows(&self, args: &[&str], wanted: &[&str]) -> anyhow::Result<String> {
+        let started = Instant::now();
+        loop {
+            let shown = self.kubectl(args)?;
+            if wanted.iter().all(|piece| shown.contains(piece)) {
+                return Ok(shown);
+            }
+            ensure!(started.elapsed() < PATIENCE, "`kubectl {}` lacks some of {wanted:?}:\n{shown}", args.join(" "));
+            sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    fn apply(&self, objects: &str) -> anyhow::Result<()> {
         use std::io::Write;
         let mut kubectl = self.command("kubectl");
         kubectl.args(["apply", "--server-side", "-n", &self.namespace, "-f", "-"]);
         let mut kubectl = kubectl.stdin(std::process::Stdio::piped()).spawn()?;
-        kubectl.stdin.take().context("it is piped")?.write_all(object.to_string().as_bytes())?;
-        ensure!(kubectl.wait()?.success(), "{} cannot be applied", object["kind"]);
+        kubectl.stdin.take().context("it is piped")?.write_all(objects.as_bytes())?;
+        ensure!(kubectl.wait()?.success(), "kubectl cannot apply it");
         Ok(())
     }
 
@@ -160,7 +180,8 @@ impl Cluster {
     fn install(&self, replicas: &str, log_level: &str) -> anyhow::Result<()> {
         let started = Instant::now();
         let set = format!(
-            "image.repository={REPOSITORY},image.tag={},replicaCount={replicas},logLevel={log_level}",
+            "image.repository={REPOSITORY},image.tag={},replicaCount={replicas},logLevel={log_level},\
+             caBundle.configMapName={CA}",
             self.tag
         );
         let place = ["-n", &self.namespace, "--set", &set, "--wait", "--timeout", "2m"];

@@ -1,6 +1,9 @@
 //! `cargo xtask image`: the image as an OCI archive, without a daemon: one static binary, and what the Dockerfile says of it.
 
-use crate::{cargo, executable, root};
+mod check;
+mod sbom;
+
+use crate::{Built, cargo, compile, root};
 use anyhow::{Context, bail, ensure};
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -15,6 +18,9 @@ use support::progress;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
+/// It is pulled on every node that the operator moves to.
+const MOST_BYTES: u64 = 15_000_000;
+
 /// An image archive that can be pushed or loaded.
 pub struct Image {
     pub path: PathBuf,
@@ -22,36 +28,59 @@ pub struct Image {
     pub name: String,
     pub digest: String,
     pub bytes: u64,
+    /// The bill of materials, beside the archive.
+    bill: PathBuf,
+    binary: PathBuf,
 }
 
-pub fn run(name: Option<&str>, profile: &str) -> anyhow::Result<()> {
-    let image = build(name, profile)?;
+pub fn run(name: Option<&str>, profile: &str, check: bool) -> anyhow::Result<()> {
+    let image = build(root(), name, profile)?;
     println!("name    {}", image.name);
     println!("digest  {}", image.digest);
     println!("path    {}", image.path.display());
+    println!("sbom    {}", image.bill.display());
     println!("size    {:.1} MB", image.bytes as f64 / 1e6);
-    Ok(())
+    if check { check::run(&image, profile) } else { Ok(()) }
 }
 
-/// Builds the binary and packs it.
-pub fn build(name: Option<&str>, profile: &str) -> anyhow::Result<Image> {
+/// All that could differ between two builds of one commit is taken from the commit.
+struct Commit {
+    revision: String,
+    /// Since 1970.
+    seconds: u64,
+    /// The same as RFC 3339 has it.
+    created: String,
+}
+
+impl Commit {
+    fn of(source: &Path) -> anyhow::Result<Self> {
+        let git = |args: &[&str]| output(Command::new("git").args(args).current_dir(source));
+        let commit = git(&["show", "-s", "--format=%H %ct %cI"])?;
+        let mut words = commit.split_whitespace();
+        let (Some(revision), Some(seconds), Some(created)) = (words.next(), words.next(), words.next()) else {
+            bail!("git does not say which commit this is");
+        };
+        let dirty = if git(&["status", "--porcelain"])?.is_empty() { "" } else { "-dirty" };
+        let revision = format!("{revision}{dirty}");
+        Ok(Self { revision, seconds: seconds.parse()?, created: created.to_owned() })
+    }
+}
+
+/// Builds the binary of this checkout and packs it.
+pub fn build(source: &Path, name: Option<&str>, profile: &str) -> anyhow::Result<Image> {
     let name = name.map_or_else(|| format!("audit-log-sweeper:{VERSION}"), str::to_owned);
     let (_, tag) = name.rsplit_once(':').with_context(|| format!("{name} has no tag: write NAME:TAG"))?;
-    // All that could differ between two builds of one commit is taken from the commit.
-    let git = |args: &[&str]| output(Command::new("git").args(args).current_dir(root()));
-    let commit = git(&["show", "-s", "--format=%H %ct %cI"])?;
-    let mut words = commit.split_whitespace();
-    let (Some(revision), Some(seconds), Some(created)) = (words.next(), words.next(), words.next()) else {
-        bail!("git does not say which commit this is");
-    };
-    let dirty = if git(&["status", "--porcelain"])?.is_empty() { "" } else { "-dirty" };
-    let dockerfile = fs::read_to_string(root().join("Dockerfile")).context("Dockerfile")?;
-    let revision = format!("{revision}{dirty}");
-    let mut config = config(&dockerfile, &revision)?;
-    let binary = fs::read(static_binary(profile, &revision)?)?;
+    let commit = Commit::of(source)?;
+    let created = &commit.created;
+    let dockerfile = fs::read_to_string(source.join("Dockerfile")).context("Dockerfile")?;
+    let mut config = config(&dockerfile, &commit.revision)?;
+    let target = format!("{ARCH}-unknown-linux-gnu");
+    let built = static_binary(source, &target, profile, &commit.revision)?;
+    let binary = fs::read(&built.binary)?;
     ensure!(!has_interpreter(&binary), "the binary is not static: it asks for a dynamic loader");
+    let bill = sbom::bill(source, &target, &built, &sha256(&binary), &commit)?;
 
-    let layer = layer(&binary, seconds.parse()?)?;
+    let layer = layer(&binary, commit.seconds)?;
     let packed = gzip(&layer)?;
     config["created"] = json!(created);
     config["rootfs"] = json!({ "type": "layers", "diff_ids": [digest(&layer)] });
@@ -73,7 +102,7 @@ pub fn build(name: Option<&str>, profile: &str) -> anyhow::Result<Image> {
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [entry],
     });
 
-    let path = root().join(format!("target/image/audit-log-sweeper-{VERSION}.tar"));
+    let path = source.join(format!("target/image/audit-log-sweeper-{VERSION}.tar"));
     fs::create_dir_all(path.parent().expect("it is in a folder"))?;
     let mut archive = tar::Builder::new(File::create(&path)?);
     append(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644, 0)?;
@@ -82,29 +111,50 @@ pub fn build(name: Option<&str>, profile: &str) -> anyhow::Result<Image> {
         append(&mut archive, &format!("blobs/{}", digest(blob).replace(':', "/")), blob, 0o644, 0)?;
     }
     archive.into_inner()?.sync_all()?;
+    let beside = path.with_extension("cdx.json");
+    fs::write(&beside, bill)?;
     let bytes = fs::metadata(&path)?.len();
-    Ok(Image { path, name, digest: digest(&manifest), bytes })
+    ensure!(bytes < MOST_BYTES, "{} has {bytes} bytes; at most {MOST_BYTES} are wanted", path.display());
+    Ok(Image { path, name, digest: digest(&manifest), bytes, bill: beside, binary: built.binary })
 }
 
 /// Builds the operator without any library that it would have to find in the image.
-fn static_binary(profile: &str, revision: &str) -> anyhow::Result<PathBuf> {
+fn static_binary(source: &Path, target: &str, profile: &str, revision: &str) -> anyhow::Result<Built> {
     // Before that, looking up a name loads libraries, which an empty image does not have.
-    let libc = output(Command::new("getconf").arg("GNU_LIBC_VERSION")).context("glibc is needed")?;
-    let minor = libc.trim().strip_prefix("glibc 2.").and_then(|minor| minor.parse::<u32>().ok());
+    let libc = glibc()?;
+    let minor = libc.strip_prefix("2.").and_then(|minor| minor.parse::<u32>().ok());
     ensure!(minor >= Some(34), "glibc 2.34 or newer is needed, whose static binaries look names up; this is {libc}");
 
     progress::note(&format!("Building the static binary ({profile})"));
-    let target = format!("{ARCH}-unknown-linux-gnu");
     let mut build = cargo();
-    build.args(["build", "--locked", "--bin", "audit-log-sweeper", "--profile", profile, "--target", &target]);
+    build.current_dir(source).args([
+        "build",
+        "--locked",
+        "--bin",
+        "audit-log-sweeper",
+        "--profile",
+        profile,
+        "--target",
+        target,
+    ]);
+    if source != root() {
+        // Whatever the environment says, or nothing would be built again.
+        build.env("CARGO_TARGET_DIR", source.join("target"));
+    }
     // No place of this machine in the binary: two checkouts make the same.
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))).context("there is no home folder")?;
     let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
-    let flags = ["-Ctarget-feature=+crt-static".into(), remap(root(), "/src"), remap(&home, "/cargo")];
+    let flags = ["-Ctarget-feature=+crt-static".into(), remap(source, "/src"), remap(&home, "/cargo")];
     build.env("AUDIT_LOG_SWEEPER_REVISION", revision);
     build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
-    executable(build)
+    compile(build)
+}
+
+/// The version of the C library that a static binary gets.
+fn glibc() -> anyhow::Result<String> {
+    let libc = output(Command::new("getconf").arg("GNU_LIBC_VERSION")).context("glibc is needed")?;
+    Ok(libc.trim().strip_prefix("glibc ").context("glibc is needed")?.to_owned())
 }
 
 /// Whether an ELF binary (64 bits, little endian) names a dynamic loader.
@@ -168,9 +218,12 @@ fn gzip(bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
     Ok(encoder.finish()?)
 }
 
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn digest(bytes: &[u8]) -> String {
-    let hash: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{hash}")
+    format!("sha256:{}", sha256(bytes))
 }
 
 fn descriptor(media_type: &str, blob: &[u8]) -> Value {

@@ -10,6 +10,7 @@ mod test;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use support::progress;
@@ -32,6 +33,9 @@ enum Task {
         /// Run the database suite alone, with every sweep through PgBouncer in transaction mode
         #[arg(long)]
         pgbouncer: bool,
+        /// Run all but the database suite on this minor version of Kubernetes: 1.34, the oldest that is supported
+        #[arg(long, value_name = "MINOR", conflicts_with_all = ["postgres", "pgbouncer"])]
+        kubernetes: Option<String>,
         /// Passed on to `cargo test`
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -42,7 +46,7 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
-    /// Build the image, as an OCI archive: no daemon is needed
+    /// Build the image, as an OCI archive, and its bill of materials beside it: no daemon is needed
     Image {
         /// What the image is called: NAME:TAG [default: audit-log-sweeper and the version]
         #[arg(long)]
@@ -50,6 +54,10 @@ enum Task {
         /// The profile of the build
         #[arg(long, default_value = "release")]
         profile: String,
+        /// Build the commit once more, from a clone in another folder, and see the same bytes; start the binary and see it
+        /// ready in time
+        #[arg(long)]
+        check: bool,
     },
     /// Run the image and the chart on real pods, in the cluster of the current kubeconfig
     E2e {
@@ -82,9 +90,13 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Task::Test { postgres, pgbouncer, arguments } => test::run(postgres, pgbouncer, &arguments),
+        Task::Test { postgres, pgbouncer, kubernetes, arguments } => {
+            test::run(postgres, pgbouncer, kubernetes.as_deref(), &arguments)
+        }
         Task::History { seconds, seed } => history::run(seconds, seed),
-        Task::Image { name, profile } => image::run(name.as_deref(), &profile).map(|()| ExitCode::SUCCESS),
+        Task::Image { name, profile, check } => {
+            image::run(name.as_deref(), &profile, check).map(|()| ExitCode::SUCCESS)
+        }
         Task::E2e { load_image, database_host, profile } => {
             e2e::run(&load_image, &database_host, &profile).map(|()| ExitCode::SUCCESS)
         }
@@ -105,7 +117,19 @@ fn root() -> &'static Path {
 fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     cargo.current_dir(root());
+    // What `cargo run` says of xtask is not so for what it builds, and ring is built again whenever it is said or not said.
+    for (key, _) in std::env::vars_os() {
+        if key.to_str().is_some_and(|key| key.starts_with("CARGO_PKG_") || key.starts_with("CARGO_MANIFEST_")) {
+            cargo.env_remove(key);
+        }
+    }
     cargo
+}
+
+/// What a build made: the binary, and cargo's message about every library and program that it is made of.
+struct Built {
+    binary: PathBuf,
+    artifacts: Vec<Value>,
 }
 
 /// Builds the operator, with its progress and errors on the screen. Where it is.
@@ -113,17 +137,19 @@ fn build_operator(profile: &str) -> anyhow::Result<PathBuf> {
     progress::note(&format!("Building the operator ({profile})"));
     let mut build = cargo();
     build.args(["build", "--locked", "--bin", "audit-log-sweeper", "--profile", profile]);
-    executable(build)
+    Ok(compile(build)?.binary)
 }
 
-/// Runs a build of the operator. Where the binary is.
-fn executable(mut build: Command) -> anyhow::Result<PathBuf> {
+/// Runs a build of the operator.
+fn compile(mut build: Command) -> anyhow::Result<Built> {
     // Only the messages for programs tell where the result is: the target folder can be anywhere.
     build.args(["--message-format", "json-render-diagnostics"]).stderr(std::process::Stdio::inherit());
     let output = build.output().context("cargo cannot be started")?;
     anyhow::ensure!(output.status.success(), "the operator does not compile");
     let messages = String::from_utf8(output.stdout)?;
-    let mut messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let binary = messages.find_map(|message| message["executable"].as_str().map(PathBuf::from));
-    binary.context("cargo did not say where it put the operator")
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let artifacts: Vec<Value> = messages.filter(|message| message["reason"] == "compiler-artifact").collect();
+    // Those of build scripts are not named.
+    let binary = artifacts.iter().find_map(|artifact| artifact["executable"].as_str().map(PathBuf::from));
+    Ok(Built { binary: binary.context("cargo did not say where it put the operator")?, artifacts })
 }

@@ -12,14 +12,20 @@ use support::postgres::Binaries;
 use support::process::output;
 use support::scratch::Scratch;
 use support::tools::Tools;
-use support::{bouncer, leaks};
+use support::{bouncer, leaks, tools};
 
 /// Servers get a signal when the tests end; this is how long they may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-pub fn run(major: Option<u32>, pgbouncer: bool, arguments: &[String]) -> anyhow::Result<ExitCode> {
+pub fn run(
+    major: Option<u32>,
+    pgbouncer: bool,
+    kubernetes: Option<&str>,
+    arguments: &[String],
+) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    Tools::ensure()?;
+    let tools = Tools::of(kubernetes)?;
+    println!("{}", output(Command::new(&tools.kube_apiserver).arg("--version"))?.trim());
     let postgres = match major {
         Some(major) => Binaries::of_major(major)?,
         None => Binaries::ensure()?,
@@ -38,6 +44,9 @@ pub fn run(major: Option<u32>, pgbouncer: bool, arguments: &[String]) -> anyhow:
     if pgbouncer {
         tests.env("AUDIT_LOG_SWEEPER_POOLED", "1");
     }
+    if let Some(minor) = kubernetes {
+        tests.env(tools::KUBERNETES, minor);
+    }
     let database_only = major.is_some() || pgbouncer;
     tests.args(if database_only { &["--test", "it"][..] } else { &["--workspace"] });
     tests.args(arguments);
@@ -45,6 +54,10 @@ pub fn run(major: Option<u32>, pgbouncer: bool, arguments: &[String]) -> anyhow:
         tests.arg("--");
     }
     tests.args(database_only.then_some("database::")).arg("--include-ignored");
+    if kubernetes.is_some() {
+        // Its sweeps have no API server.
+        tests.args(["--skip", "database::"]);
+    }
     // What is not everywhere is left out aloud, and not counted as passed.
     let bouncer = bouncer::installed().is_some();
     anyhow::ensure!(

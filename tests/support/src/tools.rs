@@ -9,6 +9,12 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// Names the version of Kubernetes to run on, such as 1.34, in place of the newest.
+pub const KUBERNETES: &str = "AUDIT_LOG_SWEEPER_KUBERNETES";
+
+/// The oldest version of Kubernetes that is supported. The newest patch of it that the Go proxy has is pinned.
+pub const OLDEST: &str = "1.34";
+
 #[derive(Clone, Debug)]
 pub struct Tools {
     pub etcd: PathBuf,
@@ -20,10 +26,18 @@ pub struct Tools {
 impl Tools {
     /// Finds the tools, or builds what is missing, which takes minutes; progress is on stderr.
     pub fn ensure() -> anyhow::Result<Tools> {
+        Self::of(env::var(KUBERNETES).ok().as_deref())
+    }
+
+    /// With the API server and kubectl of this version of Kubernetes, such as 1.34. None: the newest, or what
+    /// KUBEBUILDER_ASSETS has.
+    pub fn of(kubernetes: Option<&str>) -> anyhow::Result<Tools> {
         let helm = Self::helm()?;
-        let (etcd, kubernetes) = match env::var_os("KUBEBUILDER_ASSETS") {
-            Some(assets) => (PathBuf::from(&assets), PathBuf::from(&assets)),
-            None => (ETCD.build()?, KUBERNETES.build()?),
+        let (etcd, kubernetes) = match (kubernetes, env::var_os("KUBEBUILDER_ASSETS")) {
+            (Some(OLDEST), _) => (ETCD.build()?, OLDEST_KUBERNETES.build()?),
+            (Some(other), _) => bail!("Kubernetes {other} is not pinned in tools/: {OLDEST} is, and the newest"),
+            (None, Some(assets)) => (PathBuf::from(&assets), PathBuf::from(&assets)),
+            (None, None) => (ETCD.build()?, NEWEST_KUBERNETES.build()?),
         };
         let tools = Tools {
             etcd: etcd.join("etcd"),
@@ -63,7 +77,7 @@ const ETCD: Module = Module {
     stamps: |_| vec![],
 };
 
-const KUBERNETES: Module = Module {
+const NEWEST_KUBERNETES: Module = Module {
     name: "kubernetes",
     path: "k8s.io/kubernetes",
     packages: &["k8s.io/kubernetes/cmd/kube-apiserver", "k8s.io/kubernetes/cmd/kubectl"],
@@ -75,6 +89,8 @@ const KUBERNETES: Module = Module {
         vec![of("Version", &format!("v{version}")), of("Major", major), of("Minor", minor)]
     },
 };
+
+const OLDEST_KUBERNETES: Module = Module { name: "kubernetes-1.34", ..NEWEST_KUBERNETES };
 
 const HELM: Module = Module {
     name: "helm",

@@ -8,6 +8,9 @@ use std::fs;
 use support::postgres::{PostgresOptions, PostgresServer};
 use support::random_hex;
 
+/// The ConfigMap that has the CA of the server.
+pub const CA: &str = "app-postgres-ca";
+
 /// An audit log with rows that must stay as they are: some that are complete, some that started a moment ago.
 pub struct Log {
     server: PostgresServer,
@@ -18,9 +21,11 @@ pub struct Log {
 }
 
 impl Log {
-    pub async fn start(host: &str) -> anyhow::Result<Self> {
+    /// For the pods of this namespace.
+    pub async fn start(host: &str, namespace: &str) -> anyhow::Result<Self> {
         let options = PostgresOptions {
             settings: vec![("listen_addresses".into(), format!("'127.0.0.1,{host}'"))],
+            names: vec![format!("app-postgres.{namespace}.svc")],
             // From the pods: with TLS and a password, or not at all.
             access: vec!["hostssl app app_sweeper all scram-sha-256".into()],
             ..Default::default()
@@ -76,19 +81,14 @@ impl Log {
         Ok(())
     }
 
-    /// What leads pods here by the name `app-postgres`, and what they log in with.
-    pub fn objects(&self, namespace: &str) -> [Value; 4] {
+    /// What leads pods here by the name and the port that the sample has, and the CA that they trust.
+    pub fn objects(&self) -> [Value; 3] {
         let port = self.server.port();
-        // VerifyCA, for the certificate is not for that name.
-        let uri = format!(
-            "postgresql://app_sweeper:{}@app-postgres.{namespace}.svc:{port}/app?sslmode=verify-ca",
-            self.password
-        );
         let family = if self.host.contains(':') { "IPv6" } else { "IPv4" };
         [
             json!({
                 "apiVersion": "v1", "kind": "Service", "metadata": { "name": "app-postgres" },
-                "spec": { "clusterIP": "None", "ports": [{ "name": "postgres", "port": port }] },
+                "spec": { "ports": [{ "name": "postgres", "port": 5432, "targetPort": port }] },
             }),
             json!({
                 "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
@@ -96,26 +96,20 @@ impl Log {
                 "ports": [{ "name": "postgres", "port": port }],
                 "endpoints": [{ "addresses": [self.host], "conditions": { "ready": true } }],
             }),
-            secret("app-db", "uri", &uri),
-            secret("app-postgres-ca", "ca.crt", &self.server.ca_pem()),
+            json!({
+                "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": CA },
+                "data": { "ca.crt": self.server.ca_pem() },
+            }),
         ]
     }
 
-    /// What to sweep, in small pieces, so that something is always going on.
-    pub fn sweeper(&self) -> Value {
-        json!({
-            "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app" },
-            "spec": {
-                "period": "5s", "limit": 250, "batchSize": 25,
-                "database": {
-                    "secretRef": { "name": "app-db", "key": "uri" },
-                    "tls": { "caSecretRef": { "name": "app-postgres-ca" } },
-                },
-            },
-        })
+    /// The sample that users start from, but for the password and the namespace of the server.
+    pub fn sample(&self, namespace: &str) -> anyhow::Result<String> {
+        let mut sample = fs::read_to_string(root().join("manifests/sample.yaml"))?;
+        for (from, to) in [("change-me", self.password.as_str()), (".default.svc", &format!(".{namespace}.svc"))] {
+            ensure!(sample.contains(from), "manifests/sample.yaml has no {from}");
+            sample = sample.replace(from, to);
+        }
+        Ok(sample)
     }
-}
-
-fn secret(name: &str, key: &str, value: &str) -> Value {
-    json!({ "apiVersion": "v1", "kind": "Secret", "metadata": { "name": name }, "stringData": { key: value } })
 }

@@ -36,6 +36,8 @@ pub struct PostgresOptions {
     pub access: Vec<String>,
     /// For what crashes with the whole machine; a server that is killed loses nothing without.
     pub fsync: bool,
+    /// What else its certificate is for.
+    pub names: Vec<String>,
     /// Its certificate is no longer valid.
     pub expired: bool,
 }
@@ -92,7 +94,8 @@ impl PostgresServer {
 
         let (authority, stranger) =
             (Authority::new(&format!("{MARKER} PostgreSQL"))?, Authority::new(&format!("{MARKER} stranger"))?);
-        let names = ["localhost", "127.0.0.1"];
+        let names = ["localhost", "127.0.0.1"].into_iter().chain(options.names.iter().map(String::as_str));
+        let names: Vec<&str> = names.collect();
         let identity = if options.expired { authority.expired_server(&names)? } else { authority.server(&names)? };
         let access = options.access.join("\n") + "\nhost all all 127.0.0.1/32 scram-sha-256\n";
         let files = [
