@@ -1,5 +1,6 @@
 //! `audit-log-sweeper run`: the operator, from its flags to its end.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -29,7 +30,7 @@ const RELEASE: Duration = Duration::from_millis(600);
 #[derive(Debug, Args)]
 pub struct Run {
     /// Work in this namespace only; may be given several times [default: all namespaces]
-    #[arg(long = "namespace", value_name = "NAMESPACE")]
+    #[arg(long = "namespace", value_name = "NAMESPACE", value_parser = label)]
     namespaces: Vec<String>,
     /// Work on objects with these labels only, such as shard=a: several installs may share a cluster
     #[arg(long)]
@@ -52,11 +53,11 @@ pub struct Run {
         require_equals = true)]
     leader_elect: bool,
     /// The namespace of the lease [default: that of the pod, else the first --namespace, else that of the kubeconfig]
-    #[arg(long, env = "POD_NAMESPACE", hide_env_values = true)]
+    #[arg(long, env = "POD_NAMESPACE", hide_env_values = true, value_parser = label_or_empty)]
     lease_namespace: Option<String>,
     /// The name of the lease, the same for all replicas of an install [default: audit-log-sweeper, and what tells
     /// --namespace and --selector apart]
-    #[arg(long)]
+    #[arg(long, value_parser = subdomain)]
     lease_name: Option<String>,
     /// How long the others wait before they take over from a replica that died; in whole seconds, at least 1s
     #[arg(long, default_value = "15s", value_parser = lease_duration)]
@@ -72,15 +73,46 @@ pub struct Run {
     log_level: LogLevel,
 }
 
+/// The name of a namespace.
+fn label(text: &str) -> Result<String, String> {
+    let fits = (1..=63).contains(&text.len()) && is_label(text);
+    if fits { Ok(text.into()) } else { Err("must be the name of a namespace, such as my-namespace".into()) }
+}
+
+/// The same, or nothing, as a variable that is not set to anything says it.
+fn label_or_empty(text: &str) -> Result<String, String> {
+    if text.is_empty() { Ok(String::new()) } else { label(text) }
+}
+
+/// The name of a Lease.
+fn subdomain(text: &str) -> Result<String, String> {
+    let fits = text.len() <= 253 && text.split('.').all(is_label);
+    if fits { Ok(text.into()) } else { Err("must be the name of a Lease, such as my-lease".into()) }
+}
+
+/// What RFC 1123 calls a label, but for its length.
+fn is_label(text: &str) -> bool {
+    let inner = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+    !text.is_empty() && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
+}
+
 /// A Lease counts in whole seconds.
 fn lease_duration(text: &str) -> Result<Duration, String> {
     let duration = text.parse::<api::Duration>().map_err(|error| error.to_string())?.as_std();
     let seconds = Duration::from_secs(duration.as_secs());
-    let fits = seconds == duration && (1..=3600).contains(&seconds.as_secs());
+    let fits = seconds == duration && seconds >= Duration::from_secs(1) && seconds <= lease::LONGEST;
     if fits { Ok(duration) } else { Err("must be whole seconds, from 1s to 1h".into()) }
 }
 
 impl Run {
+    /// The same in one form: each namespace once, and a selector that selects all is none.
+    fn tidy(mut self) -> Self {
+        let mut seen = HashSet::new();
+        self.namespaces.retain(|namespace| seen.insert(namespace.clone()));
+        self.selector = self.selector.filter(|selector| !selector.trim().is_empty());
+        self
+    }
+
     /// Which lease, and who we are.
     fn lease(&self, client: &kube::Client) -> LeaseSettings {
         let namespace = self.lease_namespace.clone().filter(|namespace| !namespace.is_empty());
@@ -112,11 +144,13 @@ fn lease_name(namespaces: &[String], selector: Option<&str>) -> String {
 pub async fn run(args: Run) -> ExitCode {
     start_logs(args.log_format, args.log_level);
     log_panics();
-    match operate(args).await {
+    match operate(args.tidy()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The causes between repeat each other.
-            tracing::error!(error = format!("{error}: {}", error.root_cause()), "the operator ends");
+            let (said, root) = (error.to_string(), error.root_cause().to_string());
+            let said = if said == root { said } else { format!("{said}: {root}") };
+            tracing::error!(error = said, "the operator ends");
             ExitCode::FAILURE
         }
     }
@@ -240,10 +274,39 @@ mod tests {
         };
         assert_eq!(name(&[], None), "audit-log-sweeper");
         let all = [name(&[], None), name(&[], Some("a=b")), name(&["a"], None), name(&["a", "b"], None)];
-        let different: std::collections::HashSet<_> = all.iter().collect();
+        let different: HashSet<_> = all.iter().collect();
         assert_eq!(different.len(), all.len(), "{all:?}");
         assert_eq!(name(&["a", "b"], Some("x")), name(&["b", "a"], Some("x")));
         assert!(all.iter().all(|name| name.len() <= 63));
+    }
+
+    fn parsed(args: &[&str]) -> Result<Run, String> {
+        #[derive(clap::Parser)]
+        struct Alone {
+            #[command(flatten)]
+            run: Run,
+        }
+        let parsed = <Alone as clap::Parser>::try_parse_from(["run"].iter().chain(args));
+        parsed.map(|alone| alone.run.tidy()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_namespace_counts_once_and_an_empty_selector_is_none() {
+        let run = parsed(&["--namespace=b", "--namespace=a", "--namespace=b", "--selector="]).unwrap();
+        assert_eq!((run.namespaces, run.selector), (vec!["b".to_owned(), "a".to_owned()], None));
+    }
+
+    #[test]
+    fn names_that_nothing_can_have_are_refused() {
+        for bad in ["", "Bad Name!", "a/b", "../../x", "-a", "a_b", &"a".repeat(64)] {
+            let error = parsed(&[&format!("--namespace={bad}")]).unwrap_err();
+            assert!(error.contains("must be the name of a namespace"), "{error}");
+            let error = parsed(&[&format!("--lease-name={bad}")]).err().filter(|_| bad.len() < 64);
+            assert!(bad.len() == 64 || error.unwrap().contains("must be the name of a Lease"), "{bad}");
+        }
+        assert!(parsed(&["--lease-namespace=a.b"]).is_err());
+        let good = ["--namespace=my-ns1", "--lease-name=a.b-c", "--lease-namespace="];
+        assert_eq!(parsed(&good).unwrap().lease_name.as_deref(), Some("a.b-c"));
     }
 
     #[test]

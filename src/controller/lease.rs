@@ -19,9 +19,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::resolve::ApiError;
-use crate::sweep::error::chain;
 use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::{Instruments, Operation};
+pub use candidate::LONGEST;
 use candidate::{Candidate, Move};
 
 /// The longest that giving the Lease back may take: the process is ending.
@@ -120,8 +120,8 @@ pub async fn elect(
         let settings = &election.candidate.settings;
         let (limit, end) = (settings.request_timeout(), election.leads_until);
         let outcome = tokio::select! {
-            outcome = timeout(limit, election.attempt()) => outcome.unwrap_or(Err(ApiError::Timeout)),
-            () = until(end) => Err(ApiError::Timeout),
+            outcome = timeout(limit, election.attempt()) => outcome.unwrap_or(Err(ApiError::Timeout(limit))),
+            () = until(end) => Err(ApiError::Timeout(limit)),
         };
         match &outcome {
             Ok(()) => {
@@ -132,8 +132,12 @@ pub async fn elect(
                 if error.is_failure() {
                     instruments.api_request_failed(Operation::Lease);
                 }
-                let hint = if error.code() == Some(403) { "; grant get, create and update on leases" } else { "" };
-                let complaint = format!("{}{hint}", chain(error));
+                let hint = match error.code() {
+                    Some(403) => "; grant get, create and update on leases",
+                    Some(404) => "; name a namespace that is there with --lease-namespace",
+                    _ => "",
+                };
+                let complaint = format!("{error}{hint}");
                 readiness.set(PART, Some(format!("{lease}: {complaint}")));
                 // Once for an outage, not once a second.
                 if complaint != complained {
@@ -165,9 +169,9 @@ pub async fn elect(
             () = stop.cancelled(), if idle => {}
         }
     }
-    match timeout(RELEASE_TIMEOUT, election.release()).await.unwrap_or(Err(ApiError::Timeout)) {
+    match timeout(RELEASE_TIMEOUT, election.release()).await.unwrap_or(Err(ApiError::Timeout(RELEASE_TIMEOUT))) {
         Ok(()) => info!(lease, "given back"),
-        Err(error) => warn!(lease, error = chain(&error), "could not be given back; it will run out"),
+        Err(error) => warn!(lease, error = %error, "could not be given back; it will run out"),
     }
 }
 
@@ -226,8 +230,8 @@ impl Election {
                 self.held = Some(written);
                 Ok(true)
             }
-            // Changed, made or deleted since: look again.
-            Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => Ok(false),
+            // Changed, made or deleted since: look again. Where none can be made, there is no such namespace.
+            Err(kube::Error::Api(status)) if status.code == 409 || status.code == 404 && lease.is_some() => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

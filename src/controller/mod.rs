@@ -144,7 +144,7 @@ pub async fn run(
         Reporter { controller: "auditlog.dev/audit-log-sweeper".into(), instance: settings.instance.clone() };
     let client = clients.requests;
     let recorder = Recorder::new(client.clone(), reporter);
-    let server = ApiServer { client, instruments: metrics.instruments.clone() };
+    let server = ApiServer { client, instruments: metrics.instruments.clone(), readiness: readiness.clone() };
     let context = Arc::new(Context { server, settings, memories, turns, recorder, leadership, running });
     let stores: Arc<[Store<DeserializeGuard<AuditLogSweeper>>]> = scopes.iter().map(Scope::store).collect();
     metrics.show({

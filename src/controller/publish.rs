@@ -14,10 +14,9 @@ use serde_json::{Value, json};
 
 use super::notice::{Notice, notices};
 use super::outcome::{self, Subject, Update};
-use super::resolve::{ApiError, ApiServer, object};
+use super::resolve::{ApiError, ApiServer, object, text};
 use crate::api::conditions::ConditionType;
 use crate::api::{AuditLogSweeper, AuditLogSweeperStatus};
-use crate::sweep::error::chain;
 use crate::telemetry::metrics::Operation;
 
 /// The name under which the operator owns the fields of the status.
@@ -65,7 +64,7 @@ pub async fn publish(
             Err(error) if error.code() == Some(409) => {}
             // It would be refused for ever. Without what may be too long, it may pass; else only the counts are lost.
             Err(error) if error.code() == Some(422) => {
-                tracing::error!(%namespace, name = base.name_any(), error = chain(&error), "the status was refused");
+                tracing::error!(%namespace, name = base.name_any(), error = text(&error), "the status was refused");
                 let reduced = AuditLogSweeperStatus { unsweepable: None, last_error: None, ..new };
                 let written = patch(server, &base.metadata, &json!(reduced)).await.ok();
                 return Ok(written.map(|object| Published { object, notices }));
@@ -93,7 +92,7 @@ pub async fn tell(server: &ApiServer, recorder: &Recorder, object: &AuditLogSwee
         };
         let about = object.object_ref(&());
         if let Err(error) = server.within(Operation::PublishEvent, recorder.publish(&event, &about)).await {
-            tracing::debug!(reason = notice.reason, error = chain(&error), "an event could not be published");
+            tracing::debug!(reason = notice.reason, error = text(&error), "an event could not be published");
         }
     }
 }
@@ -104,7 +103,8 @@ async fn patch<K>(server: &ApiServer, meta: &ObjectMeta, status: &Value) -> Resu
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
 {
-    let api: Api<K> = Api::namespaced(server.client.clone(), meta.namespace.as_deref().unwrap_or_default());
+    let namespace = meta.namespace.as_deref().unwrap_or_default();
+    let api: Api<K> = Api::namespaced(server.client.clone(), namespace);
     let name = meta.name.as_deref().unwrap_or_default();
     let body = json!({
         "apiVersion": K::api_version(&()),
@@ -113,7 +113,7 @@ where
         "status": status,
     });
     let (params, body) = (PatchParams::apply(MANAGER).force(), Patch::Apply(&body));
-    server.within(Operation::PatchStatus, api.patch_status(name, &params, &body)).await
+    server.essential(Operation::PatchStatus, namespace, api.patch_status(name, &params, &body)).await
 }
 
 /// Whether a write would change nothing of ours. Conditions that others set are not ours.
@@ -133,7 +133,7 @@ pub async fn publish_invalid(server: &ApiServer, invalid: &InvalidObject, now: D
     let kind = ApiResource::erase::<AuditLogSweeper>(&());
     let api: Api<DynamicObject> = Api::namespaced_with(server.client.clone(), namespace, &kind);
     let get = api.get_opt(meta.name.as_deref().unwrap_or_default());
-    let Some(object) = server.within(Operation::GetObject, get).await? else { return Ok(()) };
+    let Some(object) = server.essential(Operation::GetObject, namespace, get).await? else { return Ok(()) };
     let old = object.data.get("status").cloned().unwrap_or_default();
     let old: AuditLogSweeperStatus = serde_json::from_value(old).unwrap_or_default();
     let generation = object.metadata.generation.unwrap_or_default();

@@ -70,7 +70,7 @@ pub async fn reconcile(
             let pause = first.saturating_mul(2_u32.saturating_pow(failures - 1)).min(longest);
             warn!(
                 namespace = object.meta().namespace, name = object.meta().name,
-                error = sweep::error::chain(&failed), retry_in = ?pause, "trying this object again"
+                error = resolve::text(&failed), retry_in = ?pause, "trying this object again"
             );
             Action::requeue(pause)
         }

@@ -1,6 +1,7 @@
 //! First step: fetches the object as it is now, and the Secrets it names. Needs a client; decides nothing.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Secret;
@@ -11,23 +12,34 @@ use tokio::time::timeout;
 use super::outcome::Failure;
 use crate::api::{AuditLogSweeper, Reason};
 use crate::credentials::{self, Credentials, CredentialsError};
+use crate::sweep::error::chain;
 use crate::sweep::{Class, Target};
+use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::{Instruments, Operation};
 
 /// The longest that one API request may take, its retries by the client included.
 pub const API_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// What the API server says when a status has a field that its CRD does not know.
+const UNKNOWN_FIELD: &str = "field not declared in schema";
+
 /// An API request that did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    #[error("no answer within {API_TIMEOUT:?}")]
-    Timeout,
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
     #[error("others kept writing the object at the same time")]
     Conflict,
     #[error("a bug in the operator; its log says where. Please report it")]
     Panic,
-    #[error(transparent)]
-    Kube(#[from] kube::Error),
+    #[error("{}", text(.0))]
+    Kube(kube::Error),
+}
+
+impl From<kube::Error> for ApiError {
+    fn from(error: kube::Error) -> Self {
+        Self::Kube(error)
+    }
 }
 
 impl ApiError {
@@ -43,6 +55,34 @@ impl ApiError {
             _ => None,
         }
     }
+
+    /// What is missing, if no object's reconcile can succeed until somebody grants or installs it.
+    fn missing(&self, operation: Operation, namespace: &str) -> Option<String> {
+        let Self::Kube(kube::Error::Api(status)) = self else { return None };
+        match (operation, status.code) {
+            (Operation::GetObject, 403) => Some(format!("the right to get auditlogsweepers in namespace {namespace}")),
+            (Operation::PatchStatus, 403) => {
+                Some(format!("the right to patch auditlogsweepers/status in namespace {namespace}"))
+            }
+            (Operation::PatchStatus, _) if status.message.contains(UNKNOWN_FIELD) => Some(
+                "the CustomResourceDefinition of this version, which `audit-log-sweeper crd` prints; an older one is installed"
+                    .into(),
+            ),
+            _ => None,
+        }
+    }
+}
+
+/// An error with its causes in one line. What the API server answered, without the dump of it that `kube` appends.
+pub fn text(error: &(dyn Error + 'static)) -> String {
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        if let Some(kube::Error::Api(status)) = cause.downcast_ref() {
+            return format!("{} (HTTP {})", status.message, status.code);
+        }
+        next = cause.source();
+    }
+    chain(error)
 }
 
 /// The way to the API server.
@@ -51,6 +91,8 @@ pub struct ApiServer {
     pub client: Client,
     /// Counts the requests that fail.
     pub instruments: Instruments,
+    /// Is told what the operator lacks.
+    pub readiness: Readiness,
 }
 
 impl std::fmt::Debug for ApiServer {
@@ -66,12 +108,38 @@ impl ApiServer {
         operation: Operation,
         request: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, ApiError> {
-        let answer = timeout(API_TIMEOUT, request).await.map_err(|_| ApiError::Timeout);
+        let answer = timeout(API_TIMEOUT, request).await.map_err(|_| ApiError::Timeout(API_TIMEOUT));
         let answer = answer.and_then(|answer| answer.map_err(ApiError::from));
         if answer.as_ref().is_err_and(ApiError::is_failure) {
             self.instruments.api_request_failed(operation);
         }
         answer
+    }
+
+    /// The same for a request without which no object of the namespace can be worked on: as long as a right to it, or
+    /// a field of the CRD, is missing, the operator is not ready.
+    pub async fn essential<T>(
+        &self,
+        operation: Operation,
+        namespace: &str,
+        request: impl Future<Output = kube::Result<T>>,
+    ) -> Result<T, ApiError> {
+        let answer = self.within(operation, request).await;
+        let part = format!("{} {namespace}", operation.as_str());
+        match &answer {
+            Ok(_) => self.readiness.set(&part, None),
+            Err(error) => {
+                if let Some(missing) = error.missing(operation, namespace) {
+                    self.readiness.set(&part, Some(format!("{missing}: {error}")));
+                }
+            }
+        }
+        answer
+    }
+
+    /// Of a namespace in which an object turned out to be gone, nothing is known any more.
+    fn forget(&self, namespace: &str) {
+        self.readiness.set(&format!("{} {namespace}", Operation::PatchStatus.as_str()), None);
     }
 }
 
@@ -82,7 +150,11 @@ pub async fn object(
     name: &str,
 ) -> Result<Option<DeserializeGuard<AuditLogSweeper>>, ApiError> {
     let api: Api<DeserializeGuard<AuditLogSweeper>> = Api::namespaced(server.client.clone(), namespace);
-    server.within(Operation::GetObject, api.get_opt(name)).await
+    let object = server.essential(Operation::GetObject, namespace, api.get_opt(name)).await?;
+    if object.is_none() {
+        server.forget(namespace);
+    }
+    Ok(object)
 }
 
 /// Where the object's database is, from the Secrets as they are now, and the resourceVersions of those.
@@ -128,7 +200,7 @@ async fn secret(server: &ApiServer, namespace: &str, name: &str) -> Result<Secre
             _ => failure(
                 Reason::APIRequestFailed,
                 Class::Transient,
-                format!("cannot get Secret {name}: {}", crate::sweep::error::chain(&error)),
+                format!("cannot get Secret {name}: {}", text(&error)),
             ),
         }),
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
-use kube::api::ListParams;
+use kube::api::{ListParams, WatchParams};
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::Store;
 use kube::runtime::utils::Backoff;
@@ -14,10 +14,9 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::resolve::{ApiError, ApiServer};
+use super::resolve::{ApiError, ApiServer, text};
 use super::{Context, Settings, reconcile};
 use crate::api::AuditLogSweeper;
-use crate::sweep::error::chain;
 use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::Operation;
 
@@ -90,7 +89,7 @@ impl Scope {
                         Ok(_) | Err(controller::Error::ObjectNotFound(_)) => {}
                         // Reconciles do not fail; what comes here is the watch.
                         Err(error) => {
-                            warn!(error = chain(&error), "cannot watch AuditLogSweepers; trying again");
+                            warn!(error = text(&error), "cannot watch AuditLogSweepers; trying again");
                             context.server.instruments.api_request_failed(Operation::Watch);
                             failed.notify_one();
                         }
@@ -181,9 +180,13 @@ impl Health {
         self.readiness.set(&self.part, None);
     }
 
+    /// Lists and watches, as the watch does: the one right may be there without the other.
     async fn probe(&self) -> Result<(), ApiError> {
         let one = ListParams { label_selector: self.selector.clone(), limit: Some(1), ..ListParams::default() };
-        self.server.within(Operation::Watch, self.objects.list_metadata(&one)).await.map(drop)
+        let listed = self.server.within(Operation::Watch, self.objects.list_metadata(&one)).await?;
+        let version = listed.metadata.resource_version.unwrap_or_default();
+        let short = WatchParams { label_selector: self.selector.clone(), timeout: Some(1), ..WatchParams::default() };
+        self.server.within(Operation::Watch, self.objects.watch_metadata(&short, &version)).await.map(drop)
     }
 }
 
@@ -195,5 +198,5 @@ fn waited_for(error: &ApiError) -> String {
         Some(400) => "a label selector that the API server understands",
         _ => "the API server",
     };
-    format!("{what}: {}", chain(error))
+    format!("{what}: {error}")
 }

@@ -47,7 +47,10 @@ pub fn start_logs(format: LogFormat, level: LogLevel) {
     let ours = tracing_subscriber::filter::Targets::new()
         .with_default(level.min(LevelFilter::WARN))
         .with_target("audit_log_sweeper", level)
-        .with_target("kube_runtime", level.min(LevelFilter::INFO));
+        .with_target("kube_runtime", level.min(LevelFilter::INFO))
+        // What they say of a failed request is said by whoever asked: with the object, and without a dump.
+        .with_target("kube_client::client::builder", LevelFilter::OFF)
+        .with_target("kube_runtime::watcher", LevelFilter::OFF);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_span_events(FmtSpan::NONE);
     let registry = tracing_subscriber::registry().with(ours);
     // A second start, in a test, changes nothing.

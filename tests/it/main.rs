@@ -15,6 +15,7 @@ mod fixtures;
 mod isolation;
 mod metrics;
 mod outages;
+mod readiness;
 mod replicas;
 mod requests;
 mod samples;

@@ -9,6 +9,9 @@ use tokio::time::Instant;
 
 use super::LeaseSettings;
 
+/// The longest duration of a Lease, ours or another's. A hand can write a century, and nobody would lead again.
+pub const LONGEST: Duration = Duration::from_secs(3600);
+
 /// What comes next for a candidate.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Move {
@@ -48,7 +51,7 @@ impl Candidate {
     fn is_held_by_another(&self, now: Instant) -> bool {
         let Some((record, since)) = &self.observed else { return false };
         let seconds = record.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
-        let duration = seconds.map_or(self.settings.duration, Duration::from_secs);
+        let duration = seconds.map_or(self.settings.duration, Duration::from_secs).min(LONGEST);
         self.holder().is_some_and(|holder| holder != self.settings.identity) && now < *since + duration
     }
 
@@ -184,6 +187,10 @@ mod tests {
         assert_eq!(b.next_move(Some(&lease(Some(60))), start, wall(0)), Move::Wait);
         assert_eq!(b.next_move(Some(&lease(Some(60))), start + SECOND * 59, wall(0)), Move::Wait);
         assert!(matches!(b.next_move(Some(&lease(Some(60))), start + SECOND * 60, wall(0)), Move::Write(_)));
+        // More than an operator can be told.
+        assert_eq!(b.next_move(Some(&lease(Some(i32::MAX))), start, wall(0)), Move::Wait);
+        assert_eq!(b.next_move(None, start + LONGEST - SECOND, wall(0)), Move::Wait);
+        assert!(matches!(b.next_move(Some(&lease(Some(i32::MAX))), start + LONGEST, wall(0)), Move::Write(_)));
         // Nothing is said: ours.
         assert_eq!(b.next_move(Some(&lease(None)), start + SECOND * 100, wall(0)), Move::Wait);
         assert!(matches!(b.next_move(Some(&lease(None)), start + SECOND * 115, wall(0)), Move::Write(_)));
