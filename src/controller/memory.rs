@@ -23,7 +23,7 @@ pub struct Memory {
     pub checked: Option<Seen>,
     /// API requests that failed in a row, for the backoff.
     pub api_failures: u32,
-    /// What was done for it since the process started.
+    /// What was done for it since this process leads.
     pub counts: Counts,
 }
 
@@ -68,9 +68,12 @@ impl Memories {
     }
 
     /// Forgets when sweeps are due: another replica may have led meanwhile, and only the statuses know what it did.
-    /// An outcome that waits to be published stays, and is published before anything else.
-    pub fn forget_schedules(&self) {
-        self.lock().values_mut().for_each(|memory| memory.next = None);
+    /// Counts begin anew, since series that come back with an old count would look like new rows. An outcome that waits
+    /// to be published stays, and is published before anything else.
+    pub fn begin_term(&self) {
+        for memory in self.lock().values_mut() {
+            (memory.next, memory.counts) = (None, Counts::default());
+        }
     }
 
     /// Forgets objects that are gone, now and then.
@@ -90,6 +93,19 @@ impl Memories {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_term_begins_without_the_counts_and_schedules_of_the_last() {
+        let memories = Memories::default();
+        memories.change("uid", |memory| {
+            memory.next = DateTime::from_timestamp(1, 0);
+            memory.api_failures = 2;
+            memory.counts.rows_timed_out = 3;
+        });
+        memories.begin_term();
+        let memory = memories.get("uid");
+        assert_eq!((memory.next, memory.counts, memory.api_failures), (None, Counts::default(), 2));
+    }
 
     #[test]
     fn a_preflight_comes_with_every_change_and_about_every_hour() {

@@ -73,7 +73,7 @@ impl Scope {
         // Whoever begins to lead looks at every object afresh.
         let terms = stream::unfold((context.leadership.clone(), context.clone()), |(mut leadership, context)| async {
             leadership.next_term().await?;
-            context.memories.forget_schedules();
+            context.memories.begin_term();
             Some(((), (leadership, context)))
         });
         let controlled = self

@@ -5,12 +5,12 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::metrics::{self, Metrics};
+use super::metrics::Metrics;
 
 /// What the process waits for, if it does: a text for each of its parts that is not able to work.
 #[derive(Clone, Debug)]
@@ -72,9 +72,10 @@ pub async fn serve(
         }
         (StatusCode::SERVICE_UNAVAILABLE, waiting_for.iter().map(|what| format!("waiting for {what}\n")).collect())
     };
-    let exposition = move || async move {
-        let body = metrics.encode().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
-        Ok::<_, StatusCode>(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], body))
+    let exposition = move |headers: HeaderMap| async move {
+        let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+        let (type_, body) = metrics.answer(accept).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+        Ok::<_, StatusCode>(([(header::CONTENT_TYPE, type_)], body))
     };
     let routes = Router::new()
         .route("/healthz", get(|| async { "serving\n" }))

@@ -1,7 +1,8 @@
-//! What Prometheus reads from `/metrics`, in the OpenMetrics text format. The controller counts through the handles
-//! here; what can be read off its state is read at each scrape, so that it can neither be stale nor be forgotten.
+//! What Prometheus reads from `/metrics`, in the OpenMetrics text format or the older one. The controller counts through
+//! the handles here; what can be read off its state is read at each scrape, so that it can neither be stale nor be forgotten.
 
 mod object;
+mod plain;
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -20,8 +21,8 @@ use prometheus_client::registry::Registry;
 
 pub use object::{Counts, GAUGES, ObjectSeries, invalid, values};
 
-/// What `/metrics` answers with.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// What `/metrics` answers with to those who ask for it.
+const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The begin of every name.
 const PREFIX: &str = "audit_log_sweeper";
@@ -163,11 +164,17 @@ impl Metrics {
         drop(self.state.0.set(Box::new(source)));
     }
 
-    /// The exposition.
+    /// The content type and the exposition that suit a request's header `Accept`.
     ///
     /// # Errors
     /// None that a String can have.
-    pub fn encode(&self) -> Result<String, fmt::Error> {
+    pub fn answer(&self, accept: &str) -> Result<(&'static str, String), fmt::Error> {
+        let exposition = self.encode()?;
+        let asked_for = accept.contains("application/openmetrics-text");
+        Ok(if asked_for { (CONTENT_TYPE, exposition) } else { (plain::CONTENT_TYPE, plain::plain(&exposition)) })
+    }
+
+    fn encode(&self) -> Result<String, fmt::Error> {
         let mut exposition = String::new();
         text::encode(&mut exposition, &self.registry)?;
         Ok(exposition)
@@ -206,12 +213,12 @@ impl Collector for State {
 
 fn encode_objects(encoder: &mut DescriptorEncoder, all: &[ObjectSeries]) -> fmt::Result {
     let labels = |series: &ObjectSeries| [("namespace", series.namespace.clone()), ("name", series.name.clone())];
-    let help = "Rows that this process completed as timed out";
+    let help = "Rows that this process completed as timed out since it leads";
     let mut family = encoder.encode_descriptor("rows_timed_out", help, None, MetricType::Counter)?;
     for series in all {
         count(&mut family, &labels(series), series.counts.rows_timed_out)?;
     }
-    let help = "Attempts at sweeps that this process made";
+    let help = "Attempts at sweeps that this process made since it leads";
     let mut family = encoder.encode_descriptor("sweeps", help, None, MetricType::Counter)?;
     for series in all {
         let [namespace, name] = labels(series);
