@@ -43,12 +43,21 @@ const PROCESS: [(&str, &str); 7] = [
 
 /// The names of all samples that are exposed, but for those of histograms, with the prefix.
 pub fn samples() -> BTreeSet<String> {
-    let suffix = |kind| match kind {
+    families().map(named).collect()
+}
+
+/// Those of the process.
+pub fn process_samples() -> BTreeSet<String> {
+    PROCESS.into_iter().map(named).collect()
+}
+
+fn named((name, kind): (&str, &str)) -> String {
+    let suffix = match kind {
         "counter" => "_total",
         "info" => "_info",
         _ => "",
     };
-    families().map(|(name, kind)| format!("{PREFIX}{name}{}", suffix(kind))).collect()
+    format!("{PREFIX}{name}{suffix}")
 }
 
 /// Every family and its type.
@@ -58,7 +67,7 @@ fn families() -> impl Iterator<Item = (&'static str, &'static str)> {
 
 /// A scrape: every sample by its name without the prefix and its labels, and every family with its type.
 #[derive(Debug, Default)]
-struct Scrape {
+pub struct Scrape {
     samples: BTreeMap<(String, BTreeMap<String, String>), f64>,
     families: BTreeMap<String, String>,
 }
@@ -121,7 +130,7 @@ impl Scrape {
     }
 
     /// What the gauges of an object say.
-    fn gauges(&self, operator: &Operator, name: &str) -> BTreeMap<&'static str, f64> {
+    pub fn gauges(&self, operator: &Operator, name: &str) -> BTreeMap<&'static str, f64> {
         let labels = [("namespace", operator.namespace.as_str()), ("name", name)];
         let gauges = OBJECT.iter().filter(|(_, kind)| *kind == "gauge");
         gauges.filter_map(|(gauge, _)| Some((*gauge, self.value(gauge, &labels)?))).collect()
@@ -186,7 +195,7 @@ fn expected(status: &Value, period: f64) -> BTreeMap<&'static str, f64> {
 }
 
 /// Waits until the metrics of an object say what its status says by then, and gives the scrape back.
-async fn until_as_status(operator: &Operator, name: &str, period: f64) -> Scrape {
+pub async fn until_as_status(operator: &Operator, name: &str, period: f64) -> Scrape {
     eventually("the metrics to be as the status", PATIENCE, async || {
         let status = json!(operator.api().get(name).await.map_err(|error| error.to_string())?.status);
         let scrape = Scrape::of(&operator.log()).await?;

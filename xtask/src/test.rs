@@ -12,7 +12,7 @@ use support::postgres::Binaries;
 use support::process::output;
 use support::scratch::Scratch;
 use support::tools::Tools;
-use support::{bouncer, leaks, tools};
+use support::{bouncer, leaks, prometheus, tools};
 
 /// Servers get a signal when the tests end; this is how long they may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -69,6 +69,16 @@ pub fn run(
             bouncer,
             "bouncer::",
             "through PgBouncer, which is not installed (Debian and Ubuntu: `apt-get install pgbouncer`)",
+        ),
+        (
+            ["prometheus", "promtool"].iter().all(|program| prometheus::installed(program).is_some()),
+            "prometheus::",
+            "of alerts, dashboard and metrics with Prometheus, which is not installed (Debian and Ubuntu: `apt-get install prometheus`)",
+        ),
+        (
+            ["psql", "jq", "bash"].iter().all(|program| prometheus::installed(program).is_some()),
+            "docs::commands::",
+            "of the commands in the documents, which need psql, jq and bash (Debian and Ubuntu: `apt-get install postgresql-client jq`)",
         ),
         (
             nix::unistd::geteuid().is_root(),

@@ -10,18 +10,8 @@ use support::process::output;
 
 use crate::fixtures::Operator;
 use crate::fixtures::operator::chart;
-use crate::metrics::{PREFIX, samples};
-
-/// Every alert.
-const ALERTS: [&str; 7] = [
-    "AuditLogSweeperNotSucceeding",
-    "AuditLogSweeperBacklogNotBounded",
-    "AuditLogSweeperLimitReached",
-    "AuditLogSweeperRowsTimedOut",
-    "AuditLogSweeperSuspended",
-    "AuditLogSweeperUnsweepableRows",
-    "AuditLogSweeperNoLeader",
-];
+use crate::metrics::samples;
+use crate::prometheus::{alerts, dashboard, of_kind, queries, rendered, selectors};
 
 /// What every mode has.
 const ALWAYS: [&str; 5] = ["Deployment", "Pod", "Role", "RoleBinding", "ServiceAccount"];
@@ -108,10 +98,6 @@ fn fed(command: &mut Command, input: &str) -> anyhow::Result<String> {
     let answer = child.wait_with_output()?;
     anyhow::ensure!(answer.status.success(), "{}", String::from_utf8_lossy(&answer.stderr));
     Ok(String::from_utf8(answer.stdout)?)
-}
-
-fn of_kind<'a>(objects: &'a [Value], kind: &str) -> &'a Value {
-    objects.iter().find(|object| object["kind"] == kind).unwrap()
 }
 
 fn container(objects: &[Value]) -> &Value {
@@ -253,23 +239,11 @@ async fn values_reach_what_they_are_for() {
 /// What Helm renders of the monitoring kinds, whose CRDs the test's API server does not have.
 #[test]
 fn what_prometheus_watches_is_what_there_is() {
-    let helm = support::tools::Tools::helm().unwrap();
-    let values = "metrics.serviceMonitor.enabled=true,metrics.serviceMonitor.interval=15s,\
-                  metrics.serviceMonitor.labels.release=mine,metrics.prometheusRule.enabled=true,\
-                  metrics.prometheusRule.labels.release=yours,metrics.prometheusRule.runbookUrl=https://docs/#";
-    let mut command = Command::new(&helm);
-    command.args(["template", "dry", "-n", "sweeper", "--skip-tests"]).arg(chart()).args(["--set", values]);
-    let rendered = output(&mut command).unwrap();
-    let objects: Vec<Value> = rendered
-        .split("\n---\n")
-        .filter(|text| text.lines().any(|line| line.starts_with("kind:")))
-        .map(|text| serde_saphyr::from_str(text).unwrap())
-        .collect();
-
+    let objects = rendered();
     let (service, monitor) = (of_kind(&objects, "Service"), of_kind(&objects, "ServiceMonitor"));
     let wanted = monitor["spec"]["selector"]["matchLabels"].as_object().unwrap();
     let labels = service["metadata"]["labels"].as_object().unwrap();
-    assert!(!wanted.is_empty() && wanted.iter().all(|(key, value)| labels.get(key) == Some(value)), "{rendered}");
+    assert!(!wanted.is_empty() && wanted.iter().all(|(key, value)| labels.get(key) == Some(value)), "{service}");
     let endpoint = &monitor["spec"]["endpoints"][0];
     assert_eq!(endpoint["port"], service["spec"]["ports"][0]["name"]);
     // Else the namespace of an object would be that of the pod.
@@ -281,16 +255,11 @@ fn what_prometheus_watches_is_what_there_is() {
 
     let rule = of_kind(&objects, "PrometheusRule");
     assert_eq!(rule["metadata"]["labels"]["release"], "yours");
-    let rules = rule["spec"]["groups"][0]["rules"].as_array().unwrap();
-    let names: Vec<&str> = rules.iter().map(|rule| rule["alert"].as_str().unwrap()).collect();
-    assert_eq!(names, ALERTS);
-    for rule in rules {
+    for rule in alerts(&objects) {
         let (name, expr) = (rule["alert"].as_str().unwrap(), rule["expr"].as_str().unwrap());
-        let used: Vec<&str> = expr
-            .split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_')
-            .filter(|word| word.starts_with(PREFIX))
-            .collect();
-        assert!(!used.is_empty() && used.iter().all(|metric| samples().contains(*metric)), "{name}: {used:?}");
+        let used = selectors(expr);
+        let names: Vec<&str> = used.iter().map(|used| used.split('{').next().unwrap()).collect();
+        assert!(!names.is_empty() && names.iter().all(|metric| samples().contains(*metric)), "{name}: {names:?}");
         // Of this release alone, and by the job that a ServiceMonitor gives it: the name of the Service.
         let job = format!("{{job={}", service["metadata"]["name"]);
         assert_eq!(expr.matches(&job).count(), used.len(), "{name}: {expr}");
@@ -298,6 +267,34 @@ fn what_prometheus_watches_is_what_there_is() {
         assert_eq!(rule["annotations"]["runbook_url"], format!("https://docs/#{}", name.to_lowercase()));
         let texts = [&rule["annotations"]["summary"], &rule["annotations"]["description"], &rule["labels"]["severity"]];
         assert!(texts.iter().all(|text| !text.as_str().unwrap().is_empty()), "{rule}");
+    }
+}
+
+#[test]
+fn the_dashboard_is_found_by_grafana_and_every_part_of_it_can_be_told_apart() {
+    let objects = rendered();
+    let map = of_kind(&objects, "ConfigMap");
+    assert_eq!(map["metadata"]["labels"]["grafana_dashboard"], "1");
+    assert_eq!(map["metadata"]["annotations"]["grafana_folder"], "Audit");
+    let dashboard = dashboard(&objects);
+    let variables = dashboard["templating"]["list"].as_array().unwrap();
+    let variables: Vec<&str> = variables.iter().map(|variable| variable["name"].as_str().unwrap()).collect();
+    assert_eq!(variables, ["datasource", "namespace", "name"]);
+    let panels = dashboard["panels"].as_array().unwrap();
+    let ids: BTreeSet<i64> = panels.iter().map(|panel| panel["id"].as_i64().unwrap()).collect();
+    let titles: BTreeSet<&str> = panels.iter().map(|panel| panel["title"].as_str().unwrap()).collect();
+    assert_eq!((ids.len(), titles.len()), (panels.len(), panels.len()));
+    for panel in panels.iter().filter(|panel| panel["type"] != "row") {
+        assert_eq!(panel["datasource"]["uid"], "${datasource}", "{panel}");
+        assert!(!panel["description"].as_str().unwrap().is_empty(), "{panel}");
+        let place = &panel["gridPos"];
+        assert!(place["x"].as_i64().unwrap() + place["w"].as_i64().unwrap() <= 24, "{panel}");
+    }
+    let queries = queries(&dashboard);
+    let used: Vec<&str> = queries.iter().flat_map(|query| selectors(query)).collect();
+    for selector in used {
+        let name = selector.split('{').next().unwrap();
+        assert!(samples().contains(name.trim_end_matches("_bucket")), "{selector}");
     }
 }
 
@@ -323,6 +320,7 @@ fn nonsense_is_refused_and_named() {
         ("watchNamespaces={a,a}", "'/watchNamespaces': items at 0 and 1 are equal"),
         ("logLevel=loud", "'/logLevel': value must be one of 'error', 'warn', 'info', 'debug', 'trace'"),
         ("metrics.serviceMonitor.interval=often", "'/metrics/serviceMonitor/interval': 'often' does not match pattern"),
+        ("metrics.dashboard.folder=1", "'/metrics/dashboard/folder': got number, want string"),
         ("metrics.enabled=true", "additional properties 'enabled' not allowed"),
         ("maxConcurrentSweeps=0", "'/maxConcurrentSweeps': minimum: got 0, want 1"),
         ("maxSweepsPerServer=0", "'/maxSweepsPerServer': minimum: got 0, want 1"),

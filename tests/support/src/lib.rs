@@ -8,6 +8,7 @@ pub mod leaks;
 pub mod postgres;
 pub mod process;
 pub mod progress;
+pub mod prometheus;
 pub mod scratch;
 pub mod tools;
 pub mod wait;
