@@ -1,4 +1,8 @@
-//! The documents say what the code does: every name that an operator of the system may meet is in docs/operating.md.
+//! The documents say what the code does: every name that an operator of the system may meet is in docs/operating.md, no
+//! other is, and every command can be typed.
+
+mod blocks;
+mod commands;
 
 use std::fs;
 
@@ -7,8 +11,8 @@ use audit_log_sweeper::controller::notice::Notice;
 use audit_log_sweeper::telemetry::metrics::Operation;
 use support::tools::OLDEST;
 
-use crate::fixtures::operator::chart;
 use crate::metrics::samples;
+use crate::prometheus::{alerts, rendered};
 
 fn document(name: &str) -> String {
     let path = format!("{}/docs/{name}", env!("CARGO_MANIFEST_DIR"));
@@ -43,15 +47,41 @@ fn every_condition_reason_event_and_metric_is_explained() {
 }
 
 #[test]
-fn every_alert_has_a_runbook_that_begins_with_what_to_type() {
+fn nothing_is_explained_that_is_not_there() {
     let text = document("operating.md");
-    let rules = fs::read_to_string(chart().join("templates/prometheusrule.yaml")).unwrap();
-    let alerts: Vec<&str> = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
-    assert_eq!(alerts.len(), 7);
-    for alert in alerts {
-        let (_, runbook) = text.split_once(&format!("\n### {alert}\n")).unwrap_or_else(|| panic!("no ### {alert}"));
-        let first: Vec<&str> = runbook.lines().filter(|line| !line.is_empty()).take(2).collect();
-        assert!(first[0] == "```console" && first[1].starts_with("$ "), "{alert}: {first:?}");
+    let rows = |section: &str| -> Vec<String> {
+        let (_, rest) = text.split_once(&format!("\n## {section}\n")).unwrap_or_else(|| panic!("no ## {section}"));
+        let rows = rest.split("\n## ").next().unwrap().lines().filter_map(|line| line.strip_prefix("| `"));
+        rows.map(|row| row.split(['`', '{']).next().unwrap().to_owned()).collect()
+    };
+    let conditions = ConditionType::ALL.map(|type_| type_.as_str().to_owned());
+    assert_eq!(sorted(rows("Conditions")), sorted(conditions.into()));
+    assert_eq!(sorted(rows("Reasons")), sorted(Reason::ALL.iter().map(|reason| reason.as_str().to_owned()).collect()));
+    assert_eq!(sorted(rows("Events")), sorted(Notice::REASONS.map(str::to_owned).into()));
+    assert_eq!(sorted(rows("Metrics")), samples().into_iter().collect::<Vec<_>>());
+}
+
+fn sorted(mut names: Vec<String>) -> Vec<String> {
+    names.sort();
+    names
+}
+
+#[test]
+fn every_alert_has_a_runbook_that_begins_with_what_to_type() {
+    let (text, objects) = (document("operating.md"), rendered());
+    let section = text.split_once("\n## Alerts\n").and_then(|(_, rest)| rest.split("\n## ").next()).expect("alerts");
+    let runbooks: Vec<&str> = section.split("\n### ").skip(1).collect();
+    let headings: Vec<&str> = runbooks.iter().filter_map(|runbook| runbook.lines().next()).collect();
+    let names: Vec<&str> = alerts(&objects).iter().map(|rule| rule["alert"].as_str().unwrap()).collect();
+    assert_eq!(headings, names);
+    for runbook in runbooks {
+        let first: Vec<&str> = runbook.lines().skip(1).filter(|line| !line.is_empty()).take(2).collect();
+        assert!(first[0] == "```console" && first[1].starts_with("$ kubectl "), "{first:?}");
+    }
+    // What the annotation of an alert leads to, as Markdown's readers make it from the heading.
+    for rule in alerts(&objects) {
+        let (url, name) = (rule["annotations"]["runbook_url"].as_str().unwrap(), rule["alert"].as_str().unwrap());
+        assert_eq!(url.split_once('#').unwrap().1, name.to_lowercase());
     }
 }
 
@@ -70,11 +100,13 @@ fn the_oldest_kubernetes_that_is_promised_is_the_one_that_is_tested() {
 #[test]
 fn documents_link_to_files_that_are_there() {
     let root = env!("CARGO_MANIFEST_DIR");
-    for name in ["operating.md", "sql-contract.md", "design.md", "compare.md", "api.md"] {
+    let files = ["operating.md", "sql-contract.md", "design.md", "compare.md", "api.md", "../README.md"];
+    for name in files {
         let text = document(name);
         let links = text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(link, _)| link);
         for link in links.filter(|link| !link.starts_with("https://") && !link.starts_with('#')) {
-            let path = format!("{root}/docs/{}", link.split('#').next().unwrap());
+            let folder = if name.starts_with("../") { root.to_owned() } else { format!("{root}/docs") };
+            let path = format!("{folder}/{}", link.split('#').next().unwrap());
             assert!(fs::exists(&path).unwrap(), "{name} links to {link}");
         }
     }
