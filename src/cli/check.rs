@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::input::{self, Input, Source};
 use super::{Output, complain, print};
-use crate::sweep::preflight::{self, Checked, Finding, Fix, Severity, Subject};
+use crate::sweep::preflight::{self, Checked, Finding, Fix, Part, Severity, Subject};
 use crate::telemetry::{LogFormat, start_logs};
 
 #[derive(Debug, Args)]
@@ -50,24 +50,34 @@ fn json_finding(finding: &Finding) -> Value {
         "reason": finding.reason.as_str(),
         "message": finding.message,
         "fix": finding.fix.as_ref().map(|fix| match fix {
-            Fix::Sql { statements, run_as } => json!({ "sql": statements, "runAs": run_as.to_string() }),
+            Fix::Sql { around, parts } => json!({ "dropFirst": around, "steps": parts.iter().map(json_part).collect::<Vec<_>>() }),
             Fix::Field(field) => json!({ "field": field }),
         }),
     })
 }
 
+/// A role where it is one, and who may run it in words.
+fn json_part(part: &Part) -> Value {
+    json!({ "role": part.run_as.role(), "runAs": part.run_as.to_string(), "sql": part.statements })
+}
+
 /// A line for each thing looked at; then what mends each finding. What follows these lines is SQL, ready to paste.
 fn text_report(checked: &Checked) -> String {
-    let mut lines = vec![];
+    let (mut lines, mut unseen) = (vec![], vec![]);
     for subject in [Subject::Connection].into_iter().chain(Subject::LOOKED_AT) {
         let mut line = |state: &str, said: &str| lines.push(format!("{state:<9}{subject:<14}{}", one_line(said)));
         let findings: Vec<_> = checked.findings.iter().filter(|finding| finding.subject == subject).collect();
         let passed = checked.passed.iter().find(|(passed, _)| *passed == subject);
         match passed {
             Some((_, seen)) => line("ok", seen),
-            None if findings.is_empty() && subject != Subject::Connection => line("-", "not looked at"),
+            None if findings.is_empty() => unseen.extend((subject != Subject::Connection).then_some(subject)),
             None => findings.iter().for_each(|finding| line(finding.severity.as_str(), &finding.message)),
         }
+    }
+    match unseen.as_slice() {
+        [] => {}
+        [one] => lines.push(format!("{:<9}{one:<14}not looked at", "-")),
+        _ => lines.push(format!("{:<9}{:<14}not looked at", "-", "the rest")),
     }
     let count = |severity: &str| match checked.findings.iter().filter(|f| f.severity.as_str() == severity).count() {
         1 => format!("1 {severity}"),
@@ -75,12 +85,31 @@ fn text_report(checked: &Checked) -> String {
     };
     let verdict = if checked.ready() { "ready" } else { "not ready" };
     lines.push(format!("\n-- {verdict}: {}, {}", count("error"), count("warning")));
+    if checked.findings.iter().any(|finding| matches!(finding.fix, Some(Fix::Sql { .. }))) {
+        lines.push(
+            "-- SQL: each statement by itself, not in one transaction (psql without -1), as the role named above it"
+                .into(),
+        );
+    }
     for finding in &checked.findings {
         let head = format!("\n-- {} ({})", finding.reason.as_str(), finding.subject);
         match &finding.fix {
-            Some(Fix::Sql { statements, run_as }) => {
-                lines.push(format!("{head}: as {}", one_line(&run_as.to_string())));
-                lines.extend(statements.iter().map(|statement| format!("{statement};")));
+            Some(Fix::Sql { around, parts }) => {
+                let by_itself = around.is_empty();
+                let mut lead = format!("{head}:");
+                if !by_itself {
+                    lines.push(format!("{lead} does not run as it is. First drop this, and make it again after:"));
+                    lines.extend(around.iter().map(|dependant| format!("--   {}", one_line(dependant))));
+                    lead = "-- in between".into();
+                }
+                for part in parts {
+                    lines.push(format!("{lead} as {}", one_line(&part.run_as.to_string())));
+                    lead = "-- then".into();
+                    // What does not run as it is, is a comment.
+                    let write =
+                        |sql: &String| if by_itself { format!("{sql};") } else { format!("-- {};", one_line(sql)) };
+                    lines.extend(part.statements.iter().map(write));
+                }
             }
             Some(Fix::Field(field)) => lines.push(format!("{head}: change {field}")),
             None => {}

@@ -290,7 +290,11 @@ impl ServerError {
         } else {
             db.message().to_owned()
         };
-        if let Some(hint) = reason.hint() {
+        let hint = match step {
+            Step::Login if reason == Reason::PermissionDenied => Some(NO_CONNECT),
+            _ => reason.hint(),
+        };
+        if let Some(hint) = hint {
             message.push_str("; ");
             message.push_str(hint);
         }
@@ -337,6 +341,10 @@ impl ServerError {
         }
     }
 }
+
+/// What to do where the role may not even log in. Names could be a piece of a password: see `may_quote_the_uri`.
+const NO_CONNECT: &str = "run, as the database's owner or a superuser, GRANT CONNECT ON DATABASE ... TO ..., with the \
+    database and the user of the connection URI; if its options after the ? set something that the role may not, take them out";
 
 impl Reason {
     /// What happened, where the server's own text may not be shown.

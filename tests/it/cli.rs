@@ -154,14 +154,15 @@ async fn a_check_of_what_is_not_ready_exits_with_1_and_prints_what_mends_it() {
         "CREATE INDEX CONCURRENTLY IF NOT EXISTS \"audit_log_incomplete_by_time_started\" ON \"public\".\"audit_log\" \
          (\"time_started\", \"id\") WHERE \"time_completed\" IS NULL",
     );
+    let fix = |sql: &str| json!({ "dropFirst": [], "steps": [{ "role": owner, "runAs": owner, "sql": [sql] }] });
     let label = "ALTER TYPE \"public\".\"audit_log_result_kind\" ADD VALUE IF NOT EXISTS 'timeout'";
     assert_eq!(
         (&report["ready"], &report["findings"]),
         (
             &json!(false),
             &json!([
-                { "severity": "error", "blocksSweep": true, "reason": "SchemaMismatch", "message": "", "fix": { "sql": [label], "runAs": owner } },
-                { "severity": "error", "blocksSweep": false, "reason": "IndexMissing", "message": "", "fix": { "sql": [create], "runAs": owner } },
+                { "severity": "error", "blocksSweep": true, "reason": "SchemaMismatch", "message": "", "fix": fix(label) },
+                { "severity": "error", "blocksSweep": false, "reason": "IndexMissing", "message": "", "fix": fix(create) },
             ])
         )
     );
@@ -198,6 +199,11 @@ async fn a_check_without_a_connection_exits_with_1_and_on_bad_input_with_2() {
         (&json!("DatabaseUnreachable"), &json!({ "field": "spec.database.secretRef" }))
     );
     let text = run("check", &file, &[], &[]);
+    assert!(
+        stdout(&text).contains("\n-        the rest      not looked at\n\n-- not ready: 1 error,"),
+        "{}",
+        stdout(&text)
+    );
     assert!(stdout(&text).starts_with("error    connection    cannot connect to 127.0.0.1"), "{}", stdout(&text));
     assert!(!format!("{}{}{report}", stdout(&text), stderr(&text)).contains("hunter2"));
     let bad = run("check", &sweeper(", limit: 0"), &[], &[]);

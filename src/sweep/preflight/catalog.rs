@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::dependants::{self, Dependant};
 use crate::sweep::Plan;
 use crate::sweep::plan::literal;
 use crate::sweep::statement::LOCK_TIMEOUT;
@@ -40,6 +41,20 @@ pub struct Catalog {
     pub tree: Vec<Node>,
     /// Names, by schema, that could collide with those of new indexes.
     pub taken: Vec<(String, String)>,
+    /// What the owners of these may do in their schemas.
+    pub schemas: Vec<InSchema>,
+}
+
+/// What a role may do in a schema.
+#[derive(Clone, Debug, Deserialize)]
+pub struct InSchema {
+    pub schema: String,
+    /// Who may grant it.
+    pub owner: String,
+    pub role: String,
+    pub usage: bool,
+    /// An index of its own table, too, needs this.
+    pub create: bool,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -55,6 +70,8 @@ pub struct Table {
     pub owner: String,
     /// The role has the rights of the owner.
     pub owned: bool,
+    /// The table that it is a partition or a child of, which alters its columns.
+    pub parent: Option<String>,
     pub row_security: bool,
     pub force_row_security: bool,
     pub columns: Vec<Column>,
@@ -77,6 +94,11 @@ pub struct Column {
     pub type_text: String,
     /// ` COLLATE ...`, unless the collation is that of the type.
     pub collate: String,
+    /// The type that a domain is over in the end, or the type itself.
+    pub base_schema: String,
+    pub base: String,
+    /// The default, as SQL.
+    pub default: Option<String>,
     /// The type's modifier: the digits of a second for a timestamptz, or -1.
     pub typmod: i64,
     /// NULL is refused, and was always.
@@ -92,8 +114,8 @@ pub struct Column {
     pub labels: Option<Vec<String>>,
     /// Who may add a label.
     pub type_owner: String,
-    /// Views that stop the type from being altered.
-    pub views: Vec<String>,
+    /// What has a say when the type of a column that a sweep reads is altered.
+    pub dependants: Vec<Dependant>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -110,6 +132,8 @@ pub struct Trigger {
 pub struct Constraint {
     pub schema: String,
     pub table: String,
+    /// Of the table.
+    pub owner: String,
     pub name: String,
     /// Old rows are known not to break it.
     pub validated: bool,
@@ -129,6 +153,9 @@ pub struct Node {
     pub name: String,
     /// `pg_class.relkind`.
     pub kind: String,
+    pub owner: String,
+    /// It is partitioned by an expression.
+    pub by_expression: bool,
     pub indexes: Vec<Index>,
 }
 
@@ -138,6 +165,8 @@ pub struct Index {
     /// The index of the parent that it is attached to.
     pub parent: Option<i64>,
     pub name: String,
+    /// It belongs to a constraint.
+    pub constraint: bool,
     pub valid: bool,
     pub unique: bool,
     /// A btree whose first two columns are in one direction, with the default operators and the columns' collations.
@@ -152,12 +181,16 @@ pub struct Index {
     pub partial: bool,
 }
 
-/// Asks who answers.
-pub fn server() -> &'static str {
-    "SELECT json_build_object('version', current_setting('server_version'), \
+/// Asks who answers. Under a limit of its own, since that of the role may end any question; with nothing that other
+/// products than PostgreSQL may not know.
+pub fn server(statement_timeout: Duration) -> String {
+    format!(
+        "BEGIN; SET LOCAL statement_timeout = {}; SELECT json_build_object('version', current_setting('server_version'), \
        'number', current_setting('server_version_num')::int, 'product', split_part(version(), ' ', 1), \
        'standby', pg_is_in_recovery(), 'user', current_user, \
-       'bypass', (SELECT rolsuper OR rolbypassrls FROM pg_catalog.pg_roles WHERE rolname = current_user))"
+       'bypass', (SELECT rolsuper OR rolbypassrls FROM pg_catalog.pg_roles WHERE rolname = current_user)); COMMIT",
+        statement_timeout.as_millis().max(1)
+    )
 }
 
 /// Asks for a [`Catalog`]. In a transaction that can change nothing and sees one state of the catalog.
@@ -176,14 +209,11 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
          SELECT json_build_object( \
            'schema', (SELECT json_build_object('usage', has_schema_privilege(n.oid, 'USAGE'), 'owner', {schema_owner}) \
              FROM pg_namespace n WHERE n.nspname = {schema}), \
-           'similar', {similar}, 'table', ({about_table}), 'tree', {tree}, 'taken', {taken}); COMMIT",
+           'similar', {similar}, 'table', ({about_table}), 'tree', {tree}, 'taken', {taken}, 'schemas', {schemas}); COMMIT",
         timeout = statement_timeout.as_millis().max(1),
         // To write a predicate down the server locks its table.
         lock_timeout = LOCK_TIMEOUT.min(statement_timeout / 2).as_millis().max(1),
-        // A role that nobody can be: whoever owns the database is in it.
-        schema_owner = "CASE pg_get_userbyid(n.nspowner) WHEN 'pg_database_owner' \
-             THEN (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = current_database()) \
-             ELSE pg_get_userbyid(n.nspowner) END",
+        schema_owner = SCHEMA_OWNER,
         similar = list(
             "json_build_array(n.nspname, c.relname) ORDER BY n.nspname, c.relname",
             &format!(
@@ -192,11 +222,13 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
                  AND c.relpersistence <> 't'"
             )
         ),
-        about_table = about_table(),
+        about_table = about_table(plan),
         tree = list(
             &format!(
                 "json_build_object('oid', c.oid::bigint, 'parent', tree.parent::bigint, 'schema', n.nspname, \
-                 'name', c.relname, 'kind', c.relkind::text, 'indexes', {}) ORDER BY tree.level, c.oid",
+                 'name', c.relname, 'kind', c.relkind::text, 'owner', pg_get_userbyid(c.relowner), 'by_expression', \
+                 EXISTS (SELECT FROM pg_partitioned_table t WHERE t.partrelid = c.oid AND t.partexprs IS NOT NULL), \
+                 'indexes', {}) ORDER BY tree.level, c.oid",
                 indexes(&completed)
             ),
             "tree JOIN pg_class c ON c.oid = tree.oid JOIN pg_namespace n ON n.oid = c.relnamespace"
@@ -207,15 +239,30 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
                (SELECT s.relnamespace FROM tree JOIN pg_class s ON s.oid = tree.oid) \
                AND c.relname LIKE ANY (ARRAY['%\\_incomplete\\_by\\_time\\_started%', '%\\_sweep\\_key%'])"
         ),
+        schemas = list(
+            &format!(
+                "json_build_object('schema', n.nspname, 'owner', {SCHEMA_OWNER}, 'role', pg_get_userbyid(o.relowner), \
+                 'usage', has_schema_privilege(o.relowner, n.oid, 'USAGE'), \
+                 'create', has_schema_privilege(o.relowner, n.oid, 'CREATE'))"
+            ),
+            "(SELECT DISTINCT s.relnamespace FROM tree JOIN pg_class s ON s.oid = tree.oid) AS s \
+             JOIN pg_namespace n ON n.oid = s.relnamespace \
+             CROSS JOIN (SELECT DISTINCT s.relowner FROM tree JOIN pg_class s ON s.oid = tree.oid) AS o"
+        ),
     )
 }
 
+/// `pg_database_owner` is a role that nobody can be: whoever owns the database is in it.
+const SCHEMA_OWNER: &str = "CASE pg_get_userbyid(n.nspowner) WHEN 'pg_database_owner' \
+    THEN (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = current_database()) \
+    ELSE pg_get_userbyid(n.nspowner) END";
+
 /// A JSON array of what a query finds; empty where that is nothing.
-fn list(item: &str, from: &str) -> String {
+pub(super) fn list(item: &str, from: &str) -> String {
     format!("(SELECT coalesce(json_agg({item}), '[]'::json) FROM {from})")
 }
 
-fn about_table() -> String {
+fn about_table(plan: &Plan) -> String {
     let generated = "a.attgenerated <> '' OR a.attidentity = 'a'";
     // Since 18 a NOT NULL can be NOT VALID: old rows may hold a NULL.
     let not_null = "a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid \
@@ -229,12 +276,19 @@ fn about_table() -> String {
     let collate =
         "CASE WHEN a.attcollation <> t.typcollation THEN ' COLLATE ' || a.attcollation::regcollation ELSE '' END";
     let labels = "(SELECT json_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = t.oid)";
-    let views = list(
-        "DISTINCT v.relname",
-        "pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class \
-         WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid \
-         AND d.refobjsubid = a.attnum AND v.oid <> c.oid",
-    );
+    let names = &plan.names;
+    let read = [&names.id, &names.time_started, &names.time_completed].map(|name| literal(name)).join(", ");
+    let dependants = dependants::question();
+    let base = |what: &str| {
+        format!(
+            "(WITH RECURSIVE b AS (SELECT t.oid, t.typbasetype UNION ALL SELECT u.oid, u.typbasetype FROM b \
+             JOIN pg_type u ON u.oid = b.typbasetype) SELECT {what} FROM b JOIN pg_type u ON u.oid = b.oid \
+             JOIN pg_namespace un ON un.oid = u.typnamespace WHERE b.typbasetype = 0)"
+        )
+    };
+    let (base_schema, base_type) = (base("un.nspname"), base("u.typname"));
+    let default = "(SELECT pg_get_expr(f.adbin, f.adrelid) FROM pg_attrdef f \
+                   WHERE f.adrelid = c.oid AND f.adnum = a.attnum AND a.attgenerated = '')";
     let columns = list(
         &format!(
             "json_build_object('name', a.attname, 'type_schema', tn.nspname, 'type', t.typname, \
@@ -242,7 +296,9 @@ fn about_table() -> String {
              'not_null', {not_null}, 'generated', {generated}, 'partition_key', {partition_key}, \
              'select', has_column_privilege(c.oid, a.attnum, 'SELECT'), \
              'update', has_column_privilege(c.oid, a.attnum, 'UPDATE'), \
-             'labels', {labels}, 'type_owner', pg_get_userbyid(t.typowner), 'views', {views}) ORDER BY a.attnum"
+             'labels', {labels}, 'type_owner', pg_get_userbyid(t.typowner), \
+             'base_schema', {base_schema}, 'base', {base_type}, 'default', {default}, \
+             'dependants', CASE WHEN a.attname IN ({read}) THEN {dependants} ELSE '[]' END) ORDER BY a.attnum"
         ),
         "pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace \
          WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped",
@@ -271,15 +327,18 @@ fn about_table() -> String {
     );
     let constraints = list(
         &format!(
-            "json_build_object('schema', s.nspname, 'table', o.relname, 'name', k.conname, 'validated', k.convalidated, \
+            "json_build_object('schema', s.nspname, 'table', o.relname, 'owner', pg_get_userbyid(o.relowner), \
+             'name', k.conname, 'validated', k.convalidated, \
              'expression', pg_get_expr(k.conbin, k.conrelid), 'columns', {of_constraint}) ORDER BY o.relname, k.conname"
         ),
         "pg_constraint k JOIN pg_class o ON o.oid = k.conrelid JOIN pg_namespace s ON s.oid = o.relnamespace \
          WHERE k.conrelid IN (SELECT tree.oid FROM tree) AND k.contype IN ('c', 'f') AND k.coninhcount = 0 \
          AND coalesce((to_jsonb(k) ->> 'conenforced')::boolean, true)",
     );
+    let parent = "(SELECT min(h.inhparent::regclass::text) FROM pg_inherits h WHERE h.inhrelid = c.oid)";
     format!(
         "SELECT json_build_object('owner', pg_get_userbyid(c.relowner), 'owned', pg_has_role(c.relowner, 'USAGE'), \
+           'parent', {parent}, \
            'row_security', c.relrowsecurity, 'force_row_security', c.relforcerowsecurity, 'columns', {columns}, \
            'rules', {rules}, 'triggers', {triggers}, 'constraints', {constraints}) \
          FROM pg_class c WHERE c.oid = (SELECT tree.oid FROM tree WHERE tree.level = 0)"
@@ -301,7 +360,8 @@ fn indexes(completed: &str) -> String {
     list(
         &format!(
             "json_build_object('oid', ic.oid::bigint, 'parent', (SELECT h.inhparent::bigint FROM pg_inherits h \
-               WHERE h.inhrelid = ic.oid), 'name', ic.relname, 'valid', x.indisvalid AND x.indisready, \
+               WHERE h.inhrelid = ic.oid), 'name', ic.relname, \
+             'constraint', EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = ic.oid AND k.contype IN ('p', 'u', 'x')), 'valid', x.indisvalid AND x.indisready, \
              'unique', x.indisunique, 'columns', {columns}, 'ordered', {ordered}, \
              'includes', x.indnatts > x.indnkeyatts, 'partial', x.indpred IS NOT NULL, \
              'where_incomplete', coalesce(pg_get_expr(x.indpred, x.indrelid) = format('(%I IS NULL)', {completed}), false)) \

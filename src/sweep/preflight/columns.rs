@@ -1,19 +1,15 @@
-//! Judges the columns, pure: those that a sweep reads, and those that it sets with their values.
+//! Judges the columns, pure: whether those that a sweep reads are there, and those that it sets with their values.
+
+use std::mem;
 
 use super::catalog::Column;
-use super::finding::{Checked, Fix, Severity, Subject};
+use super::finding::{Checked, Fix, RunAs, Severity, Subject};
 use super::judge::{Judge, quoted};
-use super::mend::{self, field, sql};
+use super::mend::{self, field, part, sql};
 use crate::api::Reason;
 use crate::sweep::plan::Names;
 
-use Severity::{Blocking, NotReady, Warning};
-
-/// Types of keys that the sweep is tested with.
-const KEY_TYPES: [&str; 6] = ["uuid", "int8", "text", "int4", "int2", "varchar"];
-
-/// With fewer digits of a second, a time written down lies up to some hundredths of a second beside the true one.
-const DIGITS: i64 = 3;
+use Severity::Blocking;
 
 /// Names of columns that a message lists, at most.
 const LISTED: usize = 30;
@@ -40,59 +36,6 @@ impl Judge<'_> {
         }
     }
 
-    fn key_type(&self, column: &Column, path: &str, checked: &mut Checked) {
-        if column.type_schema == "pg_catalog" && KEY_TYPES.contains(&column.type_name.as_str()) {
-            return;
-        }
-        let message = format!(
-            "the key {} is of type {}; it must be uuid, bigint or text{}",
-            quoted(&column.name),
-            column.type_name,
-            retyping(column)
-        );
-        let fix = self.retyped(column, path, "text", "::text");
-        checked.find(Subject::Columns, Blocking, Reason::SchemaMismatch, message, fix);
-    }
-
-    fn time_type(&self, column: &Column, path: &str, checked: &mut Checked) {
-        let name = quoted(&column.name);
-        if column.type_schema != "pg_catalog" || column.type_name != "timestamptz" {
-            let message = format!(
-                "{name} is of type {}; it must be timestamptz{}, and the SQL takes its times for UTC",
-                column.type_name,
-                retyping(column)
-            );
-            // Whatever it holds is read as a time without a zone.
-            let fix = self.retyped(column, path, "timestamptz", "::timestamp AT TIME ZONE 'UTC'");
-            checked.find(Subject::Columns, Blocking, Reason::SchemaMismatch, message, fix);
-        } else if (0..DIGITS).contains(&column.typmod) {
-            let (digits, fix) = (column.typmod, self.retyped(column, path, "timestamptz", ""));
-            if column.name == self.names.time_completed {
-                let message = format!(
-                    "{name} is timestamptz({digits}), too coarse: a completion time rounded down lies in a window that \
-                     readers may have left behind, and they would miss the row. It takes {DIGITS} digits or more{}",
-                    retyping(column)
-                );
-                checked.find(Subject::Columns, NotReady, Reason::SchemaMismatch, message, fix);
-            } else {
-                let message = format!(
-                    "{name} is timestamptz({digits}): a row counts as up to {} s older than it is{}",
-                    ["0.5", "0.05", "0.005"].get(usize::try_from(digits).unwrap_or_default()).unwrap_or(&"0.5"),
-                    retyping(column)
-                );
-                checked.find(Subject::Columns, Warning, Reason::SchemaMismatch, message, fix);
-            }
-        }
-    }
-
-    /// PostgreSQL alters no column of a partition key.
-    fn retyped(&self, column: &Column, path: &str, type_: &str, using: &str) -> Fix {
-        if column.partition_key {
-            return field(path);
-        }
-        self.by_owner([mend::retype(&self.plan.table, &column.name, type_, using)])
-    }
-
     /// A column that every UPDATE of a sweep sets.
     fn settable(&self, column: &Column, path: &str, subject: Subject, checked: &mut Checked) {
         let why = match column {
@@ -113,10 +56,9 @@ impl Judge<'_> {
                 let similar = self.table.columns.iter().find(|column| column.name.eq_ignore_ascii_case(name));
                 let fix = match similar {
                     Some(_) => field(path("column")),
-                    None => {
-                        let action = format!("ADD COLUMN {} text", quoted(name));
-                        self.by_owner([mend::alter(&self.plan.table, &action)])
-                    }
+                    // It gets its columns from there.
+                    None if self.table.parent.is_some() => field(path("column")),
+                    None => self.adding(name),
                 };
                 let message =
                     format!("the table has no column {} (spec.complete[{position}]); {}", quoted(name), self.listed());
@@ -139,7 +81,11 @@ impl Judge<'_> {
                         path("value")
                     );
                     let add = mend::add_label(&column.type_schema, &column.type_name, value);
-                    let fix = sql(&column.type_owner, [add]);
+                    let fix = if value.len() > mend::MAX_NAME {
+                        field(path("value"))
+                    } else {
+                        sql(RunAs::Owner(column.type_owner.clone()), [add])
+                    };
                     checked.find(Subject::Complete, Blocking, Reason::SchemaMismatch, message, fix);
                 }
                 _ => {}
@@ -153,25 +99,26 @@ impl Judge<'_> {
         }
     }
 
+    /// A new column, and the right to set it.
+    fn adding(&self, name: &str) -> Fix {
+        let (table, column) = (&self.plan.table, quoted(name));
+        let mut fix = self.by_owners([mend::alter(table, &format!("ADD COLUMN {column} text"))]);
+        // The owner has it.
+        if let Fix::Sql { parts, .. } = &mut fix
+            && !self.table.owned
+        {
+            let grant = format!("GRANT UPDATE ({column}) ON {table} TO {}", quoted(&self.server.user));
+            parts.push(part(RunAs::Owner(self.table.owner.clone()), [grant]));
+            *parts = mend::in_turn(mem::take(parts));
+        }
+        fix
+    }
+
     fn listed(&self) -> String {
         let mut listed = mend::names(self.table.columns.iter().take(LISTED).map(|column| column.name.as_str()));
         if self.table.columns.len() > LISTED {
             listed.push_str(", ...");
         }
         format!("it has {listed}")
-    }
-}
-
-/// What changing the type of a column entails.
-fn retyping(column: &Column) -> String {
-    if column.partition_key {
-        return " (it is part of the partition key, so its type cannot be changed)".into();
-    }
-    match column.views.as_slice() {
-        [] => " (the SQL locks the table, and may rewrite it)".into(),
-        views => format!(
-            " (the SQL locks the table, and may rewrite it; before it, drop the views {}, and create them again after)",
-            mend::names(views.iter().map(String::as_str))
-        ),
     }
 }

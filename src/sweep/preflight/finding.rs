@@ -94,30 +94,56 @@ impl Severity {
 /// What mends a finding.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Fix {
-    /// Statements, to be run one by one, outside of a transaction.
+    /// Statements, part after part.
     Sql {
-        /// Without semicolons.
-        statements: Vec<String>,
-        /// The role that may run them.
-        run_as: RunAs,
+        /// What PostgreSQL wants gone before it runs them, by kind and name: to be dropped by hand, and made again
+        /// after. Empty: they run as they are.
+        around: Vec<String>,
+        parts: Vec<Part>,
     },
     /// The field of the AuditLogSweeper to change.
     Field(String),
 }
 
-/// Who may run a fix.
+/// What one role runs.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Part {
+    pub run_as: RunAs,
+    /// Without semicolons. To be run one by one in one session, outside of a transaction.
+    pub statements: Vec<String>,
+}
+
+/// Who may run a fix. A superuser may run any.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum RunAs {
     /// This role, which owns what is changed, or any member of it.
     Owner(String),
+    /// This role, which owns the schema, or any member of it.
+    SchemaOwner(String),
+    /// The table and its partitions belong to these: a member of all of them.
+    Owners(Vec<String>),
     /// PostgreSQL lets no other.
     Superuser,
+}
+
+impl RunAs {
+    /// The role, where it is a single one.
+    pub fn role(&self) -> Option<&str> {
+        match self {
+            Self::Owner(role) | Self::SchemaOwner(role) => Some(role),
+            Self::Owners(_) | Self::Superuser => None,
+        }
+    }
 }
 
 impl fmt::Display for RunAs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Owner(role) => f.write_str(role),
+            Self::SchemaOwner(role) => write!(f, "{role}, who owns the schema, or a superuser"),
+            Self::Owners(roles) => {
+                write!(f, "a member of {}, who own the partitions, or a superuser", roles.join(" and "))
+            }
             Self::Superuser => f.write_str("a superuser"),
         }
     }
@@ -139,8 +165,17 @@ impl Finding {
     /// What is wrong and what mends it, for a condition or an event.
     pub fn in_one_line(&self) -> String {
         match &self.fix {
-            Some(Fix::Sql { statements, run_as }) => {
-                format!("{}; to mend it, run as {run_as}: {}", self.message, statements.join("; "))
+            Some(Fix::Sql { around, parts }) => {
+                let parts = parts.iter().map(|part| format!("run as {}: {}", part.run_as, part.statements.join("; ")));
+                let parts = parts.collect::<Vec<_>>().join("; then ");
+                match around.as_slice() {
+                    [] => format!("{}; to mend it, {parts}", self.message),
+                    around => format!(
+                        "{}; to mend it, drop {}, make them again at the end, and in between {parts}",
+                        self.message,
+                        around.join(", ")
+                    ),
+                }
             }
             Some(Fix::Field(field)) => format!("{}; check {field}", self.message),
             None => self.message.clone(),

@@ -1,7 +1,8 @@
 //! Judges indexes, pure: whether one serves, on the table and each partition, and how to come by one where none does.
 
 use super::catalog::{Catalog, Index, Node};
-use super::mend::{Wanted, qualified};
+use super::finding::{Part, RunAs};
+use super::mend::{self, Does, Wanted, qualified};
 
 impl Wanted<'_> {
     /// Whether an index does what is wanted; it may do more.
@@ -63,8 +64,11 @@ impl Wanted<'_> {
     }
 
     /// The statements that bring it about, on the table and each partition, while the application goes on writing.
-    pub fn statements(&self, facts: &Catalog) -> Vec<String> {
+    /// First come the rights in schemas that this takes.
+    pub fn parts(&self, facts: &Catalog) -> Vec<Part> {
         let (mut statements, mut taken, mut gone) = (vec![], facts.taken.clone(), vec![]);
+        let mut needs = vec![];
+        let by = |node: &Node, statement: String| mend::part(RunAs::Owner(node.owner.clone()), [statement]);
         let all = || nodes(facts).flat_map(|node| node.indexes.iter().map(move |index| (node, index)));
         // One that is broken and part of the parent's cannot be dropped alone: the whole goes and comes anew.
         for (_, broken) in all().filter(|(node, index)| node.kind != "p" && !index.valid && self.is(index)) {
@@ -72,7 +76,19 @@ impl Wanted<'_> {
             if !gone.contains(&whole)
                 && let Some((node, index)) = all().find(|(_, index)| index.oid == whole)
             {
-                statements.push(format!("DROP INDEX {}", qualified(&node.schema, &index.name)));
+                statements.push(by(node, format!("DROP INDEX {}", qualified(&node.schema, &index.name))));
+                gone.push(whole);
+            }
+        }
+        // One that has all its parts and never became valid, since the last to lack one went: nothing wakes it. Its parts
+        // serve until there are others.
+        let mut last = vec![];
+        for stuck in all().filter(|(node, index)| self.is_own(node, index) && is_stuck(facts, node, index)) {
+            let whole = topmost(facts, stuck.1.oid);
+            if !gone.contains(&whole)
+                && let Some((node, index)) = all().find(|(_, index)| index.oid == whole)
+            {
+                last.push(by(node, format!("DROP INDEX {}", qualified(&node.schema, &index.name))));
                 gone.push(whole);
             }
         }
@@ -81,7 +97,8 @@ impl Wanted<'_> {
         let mut attach: Vec<(&Node, String, Option<&Index>)> = vec![];
         // A partition on another server has no index.
         for node in nodes(facts).filter(|node| node.kind != "f") {
-            let own = |index: &&Index| self.is(index) && !is_gone(index);
+            let own = |index: &&Index| self.is_own(node, index) && !is_gone(index);
+            needs.push((node.owner.as_str(), node.schema.as_str(), Does::Names));
             let parent = node.parent.and_then(|parent| attach.iter().find(|(above, ..)| above.oid == parent));
             let parent = parent.and_then(|(_, _, index)| index.map(|index| index.oid));
             let partitioned = node.kind == "p";
@@ -93,15 +110,14 @@ impl Wanted<'_> {
                 continue;
             }
             for broken in node.indexes.iter().filter(own).filter(|index| !index.valid && index.parent.is_none()) {
-                statements.push(format!("DROP INDEX CONCURRENTLY {}", qualified(&node.schema, &broken.name)));
+                let drop = format!("DROP INDEX CONCURRENTLY {}", qualified(&node.schema, &broken.name));
+                statements.push(by(node, drop));
                 taken.retain(|(schema, name)| *schema != node.schema || *name != broken.name);
             }
             let name = self.name(&node.schema, &node.name, &mut taken);
-            statements.push(if partitioned {
-                self.create_parent(&name, &node.schema, &node.name)
-            } else {
-                self.create(&name, &node.schema, &node.name)
-            });
+            let create = if partitioned { Self::create_parent } else { Self::create };
+            statements.push(by(node, create(self, &name, &node.schema, &node.name)));
+            needs.push((node.owner.as_str(), node.schema.as_str(), Does::Creates));
             attach.push((node, name, None));
         }
         // From below, so that each is whole when it becomes a part.
@@ -113,14 +129,20 @@ impl Wanted<'_> {
             };
             let attached = index.and_then(|index| index.parent);
             if attached.is_none() || attached != whole_index.map(|whole| whole.oid) {
-                statements.push(format!(
-                    "ALTER INDEX {} ATTACH PARTITION {}",
-                    qualified(&above.schema, whole),
-                    qualified(&node.schema, name)
-                ));
+                let (whole, name) = (qualified(&above.schema, whole), qualified(&node.schema, name));
+                statements.push(by(above, format!("ALTER INDEX {whole} ATTACH PARTITION {name}")));
+                needs.push((above.owner.as_str(), node.schema.as_str(), Does::Names));
             }
         }
-        statements
+        statements.extend(last);
+        let mut parts = mend::grants(&facts.schemas, needs);
+        parts.extend(mend::in_turn(statements));
+        parts
+    }
+
+    /// Whether an index is one to build on. That of a constraint takes no parts but those of constraints.
+    fn is_own(&self, node: &Node, index: &Index) -> bool {
+        self.is(index) && (index.valid || !index.constraint || node.kind != "p")
     }
 }
 
@@ -128,6 +150,18 @@ impl Wanted<'_> {
 fn nodes(facts: &Catalog) -> impl Iterator<Item = &Node> {
     let partitioned = facts.tree.first().is_some_and(|table| table.kind == "p");
     facts.tree.iter().take(if partitioned { usize::MAX } else { 1 })
+}
+
+/// Whether an index of a partitioned table is not valid although each partition has its valid part.
+fn is_stuck(facts: &Catalog, node: &Node, index: &Index) -> bool {
+    let is_part = |part: &Index| part.parent == Some(index.oid) && part.valid;
+    node.kind == "p"
+        && !index.valid
+        && facts
+            .tree
+            .iter()
+            .filter(|below| below.parent == Some(node.oid) && below.kind != "f")
+            .all(|below| below.indexes.iter().any(is_part))
 }
 
 /// The index of the table at the top of which this one is a part.

@@ -2,7 +2,7 @@
 
 use super::catalog::{Catalog, Column, Node, Schema, Server, Table};
 use super::finding::{Checked, Fix, RunAs, Severity, Subject};
-use super::mend::{self, Wanted, field, qualified, sql};
+use super::mend::{self, Does, Wanted, field, part, parts, qualified, sql};
 use crate::api::Reason;
 use crate::sweep::plan::Names;
 use crate::sweep::{Error, Plan};
@@ -86,7 +86,7 @@ pub fn refused_statement(error: &Error, checked: &mut Checked) {
 pub(super) struct Judge<'a> {
     pub(super) plan: &'a Plan,
     pub(super) names: &'a Names,
-    server: &'a Server,
+    pub(super) server: &'a Server,
     schema: &'a Schema,
     pub(super) table: &'a Table,
     root: &'a Node,
@@ -99,49 +99,67 @@ impl Judge<'_> {
     }
 
     /// Statements for the table's owner.
-    pub(super) fn by_owner(&self, statements: impl IntoIterator<Item = String>) -> Fix {
-        sql(&self.table.owner, statements)
+    fn by_owner(&self, statements: impl IntoIterator<Item = String>) -> Fix {
+        self.by(&self.table.owner, &self.names.schema, RunAs::Owner(self.table.owner.clone()), statements)
+    }
+
+    /// Statements that alter the table and with it each partition, which may have owners of their own.
+    pub(super) fn by_owners(&self, statements: impl IntoIterator<Item = String>) -> Fix {
+        let mut owners = vec![self.table.owner.clone()];
+        // What is no partition to stay is no part of the table any more when this is run.
+        for node in self.facts.tree.iter().filter(|node| self.root.kind == "p" && node.kind != "f") {
+            if !owners.contains(&node.owner) {
+                owners.push(node.owner.clone());
+            }
+        }
+        let run_as = if owners.len() == 1 { RunAs::Owner(self.table.owner.clone()) } else { RunAs::Owners(owners) };
+        self.by(&self.table.owner, &self.names.schema, run_as, statements)
+    }
+
+    /// Statements for the owner of something, who must be able to name what is in its schema and the table.
+    fn by(&self, owner: &str, schema: &str, run_as: RunAs, statements: impl IntoIterator<Item = String>) -> Fix {
+        let needs = [(owner, schema, Does::Names), (owner, self.names.schema.as_str(), Does::Names)];
+        let mut all = mend::grants(&self.facts.schemas, needs);
+        all.push(part(run_as, statements));
+        parts(all)
     }
 
     fn table(&self, checked: &mut Checked) {
         let table = &self.plan.table;
-        let mut find = |message: String, action: String| {
-            let fix = self.by_owner([action]);
+        let mut find = |message: String, owner: &str, schema: &str, action: String| {
+            let fix = self.by(owner, schema, RunAs::Owner(owner.into()), [action]);
             checked.find(Subject::Table, Blocking, Reason::SchemaMismatch, message, fix);
         };
         for node in self.facts.tree.iter().skip(1) {
-            let (name, parent) = (qualified(&node.schema, &node.name), self.name_of(node.parent));
+            let name = qualified(&node.schema, &node.name);
             if self.root.kind == "r" && node.parent == Some(self.root.oid) {
                 let message = format!(
                     "{name} inherits from the table (INHERITS): no key is unique across both, so a sweep could meet the \
                      wrong row. Once it inherits no more, queries on {table} leave its rows out, and it needs an \
                      AuditLogSweeper of its own"
                 );
-                find(message, mend::alter(&name, &format!("NO INHERIT {table}")));
+                find(message, &node.owner, &node.schema, mend::alter(&name, &format!("NO INHERIT {table}")));
             } else if node.kind == "f" {
                 let message = format!(
                     "{name} is a partition on another server, whose rows cannot be locked for a sweep. Once detached, \
                      queries on {table} leave its rows out"
                 );
-                find(message, mend::alter(&parent, &format!("DETACH PARTITION {name}")));
+                let parent = self.facts.tree.iter().find(|above| Some(above.oid) == node.parent).unwrap_or(self.root);
+                let of = qualified(&parent.schema, &parent.name);
+                find(message, &parent.owner, &node.schema, mend::alter(&of, &format!("DETACH PARTITION {name}")));
             }
         }
         for rule in &self.table.rules {
             let rule = quoted(rule);
             let message =
                 format!("the rule {rule} rewrites every UPDATE of the table: what a sweep would do is not to be told");
-            find(message, mend::alter(table, &format!("DISABLE RULE {rule}")));
+            find(message, &self.table.owner, &self.names.schema, mend::alter(table, &format!("DISABLE RULE {rule}")));
         }
         if checked.is_clean(Subject::Table) {
             let partitions = self.facts.tree.iter().filter(|node| node.kind == "r" && node.parent.is_some()).count();
             let partitions = if self.root.kind == "p" { format!(", {partitions} partitions") } else { String::new() };
             checked.pass(Subject::Table, format!("{table}, owned by {}{partitions}", self.table.owner));
         }
-    }
-
-    fn name_of(&self, oid: Option<i64>) -> String {
-        let node = self.facts.tree.iter().find(|node| Some(node.oid) == oid);
-        node.map_or_else(|| self.plan.table.clone(), |node| qualified(&node.schema, &node.name))
     }
 
     fn key(&self, checked: &mut Checked) {
@@ -155,7 +173,7 @@ impl Judge<'_> {
                 "{} may be NULL: such a row is never completed. The SQL fails at VALIDATE while there is one",
                 quoted(&column.name)
             );
-            let fix = self.by_owner(mend::set_not_null(&self.plan.table, &column.name));
+            let fix = self.by_owners(mend::set_not_null(&self.plan.table, &column.name));
             checked.find(Subject::Key, NotReady, Reason::SchemaMismatch, message, fix);
         }
         let wanted = Wanted { unique: true, columns: [id, started], where_null: None, suffix: "_sweep_key" };
@@ -167,16 +185,16 @@ impl Judge<'_> {
         }
         // A unique index of a partitioned table holds the whole partition key.
         let outside = self.table.columns.iter().find(|c| c.partition_key && c.name != id && c.name != started);
-        let (why, fix) = match outside {
-            Some(column) => (
+        let by_expression = self.facts.tree.iter().any(|node| node.by_expression).then(|| "an expression".to_owned());
+        let (why, fix) = match outside.map(|column| quoted(&column.name)).or(by_expression) {
+            Some(by) => (
                 format!(
-                    "; none is possible while the table is partitioned by {}, but on each partition, with an \
-                     AuditLogSweeper of its own",
-                    quoted(&column.name)
+                    "; none is possible while the table is partitioned by {by}, but on each partition, with an \
+                     AuditLogSweeper of its own"
                 ),
                 field("spec.table"),
             ),
-            None => (String::new(), self.by_owner(wanted.statements(self.facts))),
+            None => ("; the SQL fails while two rows share one".into(), parts(wanted.parts(self.facts))),
         };
         let obstacle = wanted.obstacle(self.facts).map(|why| format!(" ({why})")).unwrap_or_default();
         let message = format!(
@@ -203,7 +221,7 @@ impl Judge<'_> {
             checked.pass(Subject::Index, what);
             return;
         }
-        let fix = self.by_owner(wanted.statements(self.facts));
+        let fix = parts(wanted.parts(self.facts));
         if self.root.kind == "p" && wanted.is_on_every_partition(self.facts) {
             let message = format!("every partition has an index on {what}, but new ones will come without it");
             checked.find(Subject::Index, Warning, Reason::IndexMissing, message, fix);
@@ -219,7 +237,8 @@ impl Judge<'_> {
         if !self.schema.usage {
             let schema = quoted(&self.names.schema);
             let message = format!("{user} may not use the schema {schema}");
-            let fix = sql(&self.schema.owner, [format!("GRANT USAGE ON SCHEMA {schema} TO {user}")]);
+            let grant = format!("GRANT USAGE ON SCHEMA {schema} TO {user}");
+            let fix = sql(RunAs::SchemaOwner(self.schema.owner.clone()), [grant]);
             checked.find(Subject::Rights, Blocking, Reason::PermissionDenied, message, fix);
         }
         let Names { id, time_started, time_completed, complete, .. } = self.names;
@@ -259,8 +278,7 @@ impl Judge<'_> {
                 let action = mend::alter(&self.plan.table, "NO FORCE ROW LEVEL SECURITY");
                 (", also to its owner (FORCE)", self.by_owner([action]))
             } else {
-                let statements = vec![format!("ALTER ROLE {user} BYPASSRLS")];
-                ("", Fix::Sql { statements, run_as: RunAs::Superuser })
+                ("", sql(RunAs::Superuser, [format!("ALTER ROLE {user} BYPASSRLS")]))
             };
             let message = format!(
                 "row security applies to {user}{forced}. Policies can hide stale rows without a word, so a sweep asks \
@@ -277,7 +295,9 @@ impl Judge<'_> {
                 "{name} on {table} is NOT VALID: old rows may break it, and it then refuses to complete them. The SQL \
                  fails while there are any"
             );
-            let fix = self.by_owner([mend::alter(&table, &format!("VALIDATE CONSTRAINT {name}"))]);
+            let validate = mend::alter(&table, &format!("VALIDATE CONSTRAINT {name}"));
+            let fix =
+                self.by(&constraint.owner, &constraint.schema, RunAs::Owner(constraint.owner.clone()), [validate]);
             checked.find(Subject::Constraints, Warning, Reason::RowRefused, message, fix);
         }
         if checked.is_clean(Subject::Constraints) {

@@ -2,12 +2,13 @@
 
 use postgres_protocol::escape::escape_identifier;
 
-use super::finding::{Fix, RunAs};
+use super::catalog::InSchema;
+use super::finding::{Fix, Part, RunAs};
 use crate::api::cut;
 use crate::sweep::plan::literal;
 
 /// The longest name that PostgreSQL keeps, in bytes.
-const MAX_NAME: usize = 63;
+pub const MAX_NAME: usize = 63;
 
 /// A name with its schema.
 pub fn qualified(schema: &str, name: &str) -> String {
@@ -19,9 +20,64 @@ pub fn names<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     names.into_iter().map(escape_identifier).collect::<Vec<_>>().join(", ")
 }
 
-/// A fix for the owner of something.
-pub fn sql(owner: &str, statements: impl IntoIterator<Item = String>) -> Fix {
-    Fix::Sql { statements: statements.into_iter().collect(), run_as: RunAs::Owner(owner.into()) }
+/// A fix for one role.
+pub fn sql(run_as: RunAs, statements: impl IntoIterator<Item = String>) -> Fix {
+    parts([part(run_as, statements)])
+}
+
+/// A fix for several roles, one after the other.
+pub fn parts(parts: impl IntoIterator<Item = Part>) -> Fix {
+    Fix::Sql { around: vec![], parts: parts.into_iter().collect() }
+}
+
+/// What one role runs.
+pub fn part(run_as: RunAs, statements: impl IntoIterator<Item = String>) -> Part {
+    Part { run_as, statements: statements.into_iter().collect() }
+}
+
+/// What an owner does in a schema.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Does {
+    /// Names something there.
+    Names,
+    /// Makes an index there.
+    Creates,
+}
+
+/// The rights in schemas that owners lack for what they are to do, as parts to run before it.
+pub fn grants<'a>(
+    schemas: &[InSchema],
+    needs: impl IntoIterator<Item = (&'a str, &'a str, Does)> + Clone,
+) -> Vec<Part> {
+    let mut granting: Vec<Part> = vec![];
+    for InSchema { schema, owner, role, usage, create } in schemas {
+        let does =
+            |what| needs.clone().into_iter().any(|(who, there, does)| who == role && there == schema && does == what);
+        let creates = does(Does::Creates);
+        let rights: Vec<&str> = [("USAGE", !usage && (creates || does(Does::Names))), ("CREATE", !create && creates)]
+            .into_iter()
+            .filter_map(|(right, lacks)| lacks.then_some(right))
+            .collect();
+        if rights.is_empty() {
+            continue;
+        }
+        let grant =
+            format!("GRANT {} ON SCHEMA {} TO {}", rights.join(", "), names([schema.as_str()]), names([role.as_str()]));
+        granting.push(part(RunAs::SchemaOwner(owner.clone()), [grant]));
+    }
+    in_turn(granting)
+}
+
+/// Puts together what one role runs without a break.
+pub fn in_turn(parts: impl IntoIterator<Item = Part>) -> Vec<Part> {
+    let mut turns: Vec<Part> = vec![];
+    for next in parts {
+        match turns.last_mut() {
+            Some(last) if last.run_as == next.run_as => last.statements.extend(next.statements),
+            _ => turns.push(next),
+        }
+    }
+    turns
 }
 
 /// A fix by an edit.
@@ -34,9 +90,20 @@ pub fn alter(table: &str, action: &str) -> String {
     format!("ALTER TABLE {table} {action}")
 }
 
-/// Another type for a column.
-pub fn retype(table: &str, column: &str, type_: &str, using: &str) -> String {
-    alter(table, &format!("ALTER COLUMN {0} TYPE {type_} USING {0}{using}", escape_identifier(column)))
+/// Another type for a column. A default is set again as the expression given for it: the server would else take the old
+/// one over by a cast of its own, or fail.
+pub fn retype(table: &str, column: &str, type_: &str, using: &str, default: Option<&str>) -> String {
+    let column = escape_identifier(column);
+    let retype = format!("ALTER COLUMN {column} TYPE {type_} USING {column}{using}");
+    alter(
+        table,
+        &match default {
+            None => retype,
+            Some(default) => {
+                format!("ALTER COLUMN {column} DROP DEFAULT, {retype}, ALTER COLUMN {column} SET DEFAULT {default}")
+            }
+        },
+    )
 }
 
 /// Refuses NULL in a column. Rows are looked through by VALIDATE, while others write; SET NOT NULL then believes it.

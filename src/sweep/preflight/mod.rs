@@ -1,17 +1,19 @@
-//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `columns`, `index`), tries the values
+//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `columns`, `types`, `index`), tries the values
 //! (`values`) and says what mends what it found (`finding`, `mend`).
 
 mod catalog;
 mod columns;
+mod dependants;
 mod finding;
 mod index;
 mod judge;
 mod mend;
+mod types;
 mod values;
 
 use std::time::Duration;
 
-pub use finding::{Checked, Finding, Fix, RunAs, Severity, Subject};
+pub use finding::{Checked, Finding, Fix, Part, RunAs, Severity, Subject};
 use serde::de::DeserializeOwned;
 use tokio_postgres::SimpleQueryMessage;
 
@@ -39,7 +41,7 @@ pub async fn check(plan: &Plan, target: &Target) -> Result<Checked, Error> {
 
 async fn look(session: &Session, plan: &Plan) -> Result<Checked, Error> {
     let mut checked = Checked::default();
-    let server: catalog::Server = ask(session, catalog::server()).await?;
+    let server: catalog::Server = ask(session, &catalog::server(timeout(plan))).await?;
     checked.server_version = Some(server.version.clone());
     if !judge::server(&server, &mut checked) {
         return Ok(checked);

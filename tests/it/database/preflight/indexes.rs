@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use audit_log_sweeper::api::Reason::{IndexMissing, SchemaMismatch};
+use audit_log_sweeper::sweep::preflight::Fix;
 use audit_log_sweeper::sweep::preflight::Severity::{Blocking, NotReady, Warning};
 use audit_log_sweeper::sweep::preflight::Subject::{Index, Key, Statement};
 use serde_json::json;
@@ -232,4 +233,54 @@ async fn an_index_that_the_server_does_not_use_yet() {
         if checked.findings.is_empty() { Ok(()) } else { Err(format!("{checked:?}")) }
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_index_that_nothing_wakes_and_one_of_a_constraint() {
+    let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE time_completed IS NULL";
+    let on = |table: &str| {
+        format!(
+            "CREATE INDEX {table}_mine ON {table} (time_started, id) WHERE time_completed IS NULL; \
+                 ALTER INDEX sweep_index ATTACH PARTITION {table}_mine"
+        )
+    };
+    let two = "CREATE TABLE audit_log (id uuid, time_started timestamptz, time_completed timestamptz, \
+               result_kind text, note text, PRIMARY KEY (id, time_started)) PARTITION BY RANGE (time_started); \
+               CREATE TABLE p1 PARTITION OF audit_log DEFAULT; \
+               CREATE TABLE p2 PARTITION OF audit_log FOR VALUES FROM ('2000-01-01') TO ('2001-01-01')";
+    let key = (Key, Blocking, SchemaMismatch);
+    let not_null = "ALTER TABLE audit_log ALTER id SET NOT NULL; ALTER TABLE audit_log ALTER time_started SET NOT NULL";
+    all_found_and_mended([
+        // The one partition that lacked its part went.
+        fault(
+            &["DROP INDEX sweep_index", only, &on("p1"), "DROP TABLE p2"],
+            (Index, Warning, IndexMissing),
+            "new ones will come",
+        )
+        .on(&format!("{two}; {INDEX}")),
+        // The parts of a constraint's index are those of constraints.
+        fault(
+            &[
+                "ALTER TABLE audit_log DROP CONSTRAINT audit_log_pkey",
+                not_null,
+                "ALTER TABLE ONLY audit_log ADD CONSTRAINT mine UNIQUE (id, time_started)",
+            ],
+            key,
+            "no valid unique index",
+        )
+        .on(&format!("{two}; {INDEX}")),
+    ])
+    .await;
+    // No index is unique across partitions by an expression.
+    let stage = Stage::new(
+        "CREATE TABLE audit_log (id uuid NOT NULL, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text) \
+         PARTITION BY RANGE ((time_started AT TIME ZONE 'UTC')); CREATE TABLE p PARTITION OF audit_log DEFAULT; \
+         CREATE INDEX ON audit_log (time_started, id) WHERE time_completed IS NULL",
+    )
+    .await;
+    let checked = stage.check(&json!({})).await;
+    let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
+    assert_eq!((found.subject, &found.fix), (Key, &Some(Fix::Field("spec.table".into()))));
+    assert!(found.message.contains("partitioned by an expression"), "{}", found.message);
+    stage.log.client.batch_execute("CREATE UNIQUE INDEX ON ONLY audit_log (id, time_started)").await.unwrap_err();
 }

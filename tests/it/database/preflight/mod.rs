@@ -1,7 +1,9 @@
 //! The preflight: every fault that it knows is made for real, found, mended by the SQL that was printed, and is gone.
 
+mod dependants;
 mod fields;
 mod indexes;
+mod owners;
 mod sql;
 mod values;
 mod whole;
@@ -76,18 +78,37 @@ impl Stage {
         checked
     }
 
-    /// Runs SQL of a fix as whom it says, statement by statement.
+    /// Runs SQL of a fix as whom it says, statement by statement. What is in its way must be gone.
     async fn mend(&self, fix: &Fix) {
-        let Fix::Sql { statements, run_as } = fix else { panic!("not SQL: {fix:?}") };
-        let client = match run_as {
-            RunAs::Superuser => &self.admin,
-            RunAs::Owner(role) => {
-                assert_eq!(*role, self.log.database.user);
-                &self.log.client
-            }
-        };
-        for statement in statements {
-            client.batch_execute(statement).await.unwrap_or_else(|error| panic!("{error:?} in {statement}"));
+        let Fix::Sql { parts, .. } = fix else { panic!("not SQL: {fix:?}") };
+        for part in parts {
+            let run = async |client: &Client| {
+                for sql in &part.statements {
+                    client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{error:?} in {sql} of {parts:?}"));
+                }
+            };
+            // As nobody but the role that is named: neither what the owner has nor a superuser's rights help.
+            let role = match &part.run_as {
+                RunAs::Superuser => {
+                    run(&self.admin).await;
+                    continue;
+                }
+                RunAs::Owner(role) if *role == self.log.database.user => {
+                    run(&self.log.client).await;
+                    continue;
+                }
+                RunAs::Owner(role) | RunAs::SchemaOwner(role) => role.clone(),
+                RunAs::Owners(roles) => {
+                    let member = format!("{}_member_of_all", self.log.database.user);
+                    let roles = roles.iter().map(|role| quoted(role)).collect::<Vec<_>>().join(", ");
+                    let create = format!("DROP ROLE IF EXISTS {member}; CREATE ROLE {member} IN ROLE {roles}");
+                    self.admin.batch_execute(&create).await.unwrap();
+                    member
+                }
+            };
+            let other = support::postgres::shared().connect(&self.log.database.name).await.unwrap();
+            other.batch_execute(&format!("SET ROLE {}", quoted(&role))).await.unwrap();
+            run(&other).await;
         }
     }
 
@@ -98,6 +119,11 @@ impl Stage {
         let left = self.log.query("SELECT id FROM audit_log WHERE time_completed IS NULL").await;
         if report.timed_out == 1 && left.is_empty() { Ok(()) } else { Err(format!("{report:?}, left: {left:?}")) }
     }
+}
+
+/// A name as SQL.
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 /// A fault, and what is to be said of it.

@@ -71,15 +71,6 @@ async fn columns_of_another_type() {
         let checked = Stage::new(&fine).await.check(&json!({})).await;
         assert!(checked.findings.is_empty(), "{fine}: {checked:#?}");
     }
-    // PostgreSQL alters no column that a view shows, and says so only then.
-    let stage =
-        Stage::new(&format!("{}; CREATE VIEW shown AS SELECT * FROM audit_log", completed("timestamptz(0)"))).await;
-    let checked = stage.check(&json!({})).await;
-    assert!(checked.findings[0].message.contains("drop the views \"shown\""), "{checked:#?}");
-    let Some(fix) = &checked.findings[0].fix else { panic!("{checked:#?}") };
-    stage.log.run("DROP VIEW shown").await;
-    stage.mend(fix).await;
-    assert!(stage.check(&json!({})).await.findings.is_empty());
 }
 
 #[tokio::test]
@@ -95,10 +86,6 @@ async fn what_completes_a_row() {
     assert_eq!(checked.findings.len(), 1, "{checked:#?}");
     assert!(checked.findings[0].message.contains(missing.says), "{checked:#?}");
     stage.mend(checked.findings[0].fix.as_ref().unwrap()).await;
-    // The new column brings its own fault, and that its own SQL.
-    let granted = stage.check(&missing.spec).await;
-    assert_eq!((granted.findings.len(), granted.findings[0].reason), (1, PermissionDenied), "{granted:#?}");
-    stage.mend(granted.findings[0].fix.as_ref().unwrap()).await;
     assert!(stage.check(&missing.spec).await.findings.is_empty());
     stage.sweeps(&id(1), &missing.spec).await.unwrap();
 
@@ -139,7 +126,8 @@ async fn row_security_that_would_hide_rows() {
     let checked = stage.check(&json!({})).await;
     let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
     assert_eq!((found.subject, found.severity, found.reason), (Subject::RowSecurity, Blocking, RowSecurity));
-    let Some(Fix::Sql { run_as: RunAs::Superuser, .. }) = &found.fix else { panic!("{found:#?}") };
+    let Some(Fix::Sql { parts, .. }) = &found.fix else { panic!("{found:#?}") };
+    assert!(parts.len() == 1 && parts[0].run_as == RunAs::Superuser, "{found:#?}");
     // No policy helps: the sweep asks the server to refuse where one would apply.
     stage.log.run("CREATE POLICY all_rows ON audit_log USING (true)").await;
     stage.sweeps(&id(1), &json!({})).await.unwrap_err();
