@@ -90,6 +90,8 @@ async fn what_stops_a_type_from_being_altered_is_listed_and_nothing_else_is() {
         .await;
     let found = only_finding(&stage).await;
     assert!(around(&found).is_empty() && !found.message.contains("again"), "{found:#?}");
+    // It stops what rewrites the table, such as a new generated column.
+    stage.log.run("DROP TABLE rows").await;
     for (create, name, drop) in &dependants {
         stage.log.run(create).await;
         let found = only_finding(&stage).await;

@@ -93,7 +93,6 @@ async fn all_mended(stage: &Stage, spec: &serde_json::Value, expected: usize) ->
 async fn partitions_of_several_owners_and_schemas() {
     let table = PARTITIONED
         .replace(", PRIMARY KEY (id, time_started)", "")
-        .replace("id uuid,", "id uuid,")
         .replace("time_completed timestamptz", "time_completed timestamp");
     let (stage, roles) = of_three(&table).await;
     let spec = json!({ "complete": [{ "column": "outcome", "value": "x" }] });
