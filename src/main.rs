@@ -2,9 +2,6 @@
 
 use std::process::ExitCode;
 
-use audit_log_sweeper::cli::Cli;
-use clap::Parser;
-
 fn main() -> ExitCode {
-    Cli::parse().main()
+    audit_log_sweeper::cli::main(std::env::args_os())
 }

@@ -1,5 +1,6 @@
 //! The resource `AuditLogSweeper`: what users write, what they read, and the CRD made from both.
 
+pub mod advice;
 pub mod conditions;
 pub mod crd;
 pub mod duration;

@@ -1,17 +1,31 @@
 //! `audit-log-sweeper check`: looks whether a sweep could run, and prints what mends what it finds.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::input::{self, Input, Source};
-use super::{Output, complain, print};
+use super::cluster::{self, Cluster, ClusterArgs};
+use super::input::{self, FetchError, Input, Source};
+use super::{Output, complain, note, print, refuse, respond};
+use crate::api::Reason;
 use crate::sweep::preflight::{self, Checked, Finding, Fix, Part, Severity, Subject};
 use crate::telemetry::{LogFormat, start_logs};
 
+/// What may be otherwise where the operator runs.
+const AWAY: [Reason; 3] = [Reason::NameResolutionFailed, Reason::ConnectTimeout, Reason::DatabaseUnreachable];
+
 #[derive(Debug, Args)]
 pub struct Check {
+    /// AuditLogSweeper of a cluster; with its Secrets, as you may read them, and the database as this machine reaches it
+    #[arg(value_parser = cluster::name, required_unless_present = "file", conflicts_with = "file")]
+    name: Option<String>,
+    /// File with the AuditLogSweeper, and its Secrets if the database is to be found by them; - for standard input
+    #[arg(short, long, conflicts_with_all = ["namespace", "context", "kubeconfig"])]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    cluster: ClusterArgs,
     #[command(flatten)]
     source: Source,
 }
@@ -19,28 +33,61 @@ pub struct Check {
 /// Checks once. Changes nothing.
 pub async fn check(args: Check) -> ExitCode {
     start_logs(LogFormat::Text, args.source.log_level);
-    let Input { plan, target } = match input::read(&args.source) {
+    let read = match (&args.file, &args.name) {
+        (Some(file), _) => input::read(file, &args.source).map_err(|error| complain(&error, 2)),
+        (None, name) => fetch(&args, name.as_deref().unwrap_or_default()).await,
+    };
+    let Input { plan, target } = match read {
         Ok(input) => input,
-        Err(error) => return complain(&error, 2),
+        Err(code) => return code,
     };
     // What keeps us from looking is a finding like any other.
-    let checked = preflight::check(&plan, &target)
-        .await
-        .unwrap_or_else(|error| Checked { findings: vec![Finding::from(&error)], ..Checked::default() });
-    let written = match args.source.output {
-        Output::Json => print(&json_report(&checked)),
-        Output::Text => print(&text_report(&checked)),
-    };
+    let checked = preflight::check(&plan, &target).await.unwrap_or_else(|error| early(Finding::from(&error)));
+    let written = report(args.source.output, &checked);
+    if args.name.is_some() && checked.findings.iter().any(|finding| AWAY.contains(&finding.reason)) {
+        note(
+            "note: this was looked at from here, not from the operator's pod. Where only pods reach the database, use \
+             `kubectl port-forward` and --database-url",
+        );
+    }
     if checked.ready() { written } else { ExitCode::from(1) }
 }
 
-fn json_report(checked: &Checked) -> String {
+/// The object and its Secrets as they are in the cluster. What is wrong with the Secrets is a finding, as it is for the
+/// operator: Err is the exit code after it was told.
+async fn fetch(args: &Check, name: &str) -> Result<Input, ExitCode> {
+    let cluster = Cluster::connect(&args.cluster).await.map_err(|error| refuse(&error))?;
+    match input::fetch(&cluster, name, &args.source).await {
+        Ok(input) => Ok(input),
+        Err(FetchError::Cluster(error)) => Err(refuse(&error)),
+        Err(FetchError::Input(error)) => Err(complain(&error, 2)),
+        Err(FetchError::Found(reason, message)) => {
+            let finding =
+                Finding { subject: Subject::Connection, severity: Severity::Blocking, reason, message, fix: None };
+            report(args.source.output, &early(finding));
+            Err(ExitCode::from(1))
+        }
+    }
+}
+
+/// What is found before there is a connection.
+fn early(finding: Finding) -> Checked {
+    Checked { findings: vec![finding], ..Checked::default() }
+}
+
+fn report(output: Output, checked: &Checked) -> ExitCode {
+    match output {
+        Output::Text => print(&text_report(checked)),
+        output => respond(output, &machine_report(checked)),
+    }
+}
+
+fn machine_report(checked: &Checked) -> Value {
     json!({
         "ready": checked.ready(),
         "server": checked.server_version.as_ref().map(|version| json!({ "version": version })),
         "findings": checked.findings.iter().map(json_finding).collect::<Vec<_>>(),
     })
-    .to_string()
 }
 
 fn json_finding(finding: &Finding) -> Value {

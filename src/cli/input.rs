@@ -1,25 +1,24 @@
-//! What a command without a cluster works on: the file with the object and its Secrets, or a URI in their place.
+//! What `sweep` and `check` work on: the object and its Secrets, from a file or from the cluster, or a URI in their place.
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
 use kube::ResourceExt;
 
+use super::cluster::{Cluster, ClusterError};
 use super::{Output, default_roots};
 use crate::api::manifest::{self, Manifest};
-use crate::credentials::{self, ConnectionUri, Credentials, SecretData};
+use crate::api::{AuditLogSweeper, Reason};
+use crate::credentials::{self, ConnectionUri, Credentials, CredentialsError, SecretData};
 use crate::sweep::{Plan, Target};
 use crate::telemetry::LogLevel;
 
-/// Where the object and its database are found, and how to tell of them.
+/// How the database is found without its Secret, and how to tell of it.
 #[derive(Debug, Args)]
 pub struct Source {
-    /// File with the AuditLogSweeper, and its Secrets if the database is to be found by them; - for standard input
-    #[arg(short, long)]
-    file: PathBuf,
     /// URI of the database, in place of the Secret [env: DATABASE_URL, which no other user of the machine sees]
     #[arg(long)]
     database_url: Option<String>,
@@ -37,24 +36,77 @@ pub struct Input {
     pub target: Target,
 }
 
-/// Reads it.
+/// Reads a file.
 ///
 /// # Errors
 /// When the file, the object in it, or what it says of the database is not right: bad input.
-pub fn read(args: &Source) -> anyhow::Result<Input> {
-    let manifest = manifest::read(&read_file(&args.file)?).with_context(|| args.file.display().to_string())?;
+pub fn read(file: &Path, args: &Source) -> anyhow::Result<Input> {
+    let manifest = manifest::read(&read_file(file)?).with_context(|| file.display().to_string())?;
     let sweeper = &manifest.sweeper;
-    let database = &sweeper.spec.database;
     let namespace = sweeper.namespace().unwrap_or_else(|| "default".into());
     let url = args.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok().filter(|url| !url.is_empty()));
-    let uri = url.map(|url| ConnectionUri::new(&url));
     let mut secrets = BTreeMap::new();
     // The first holds the URI.
-    for (index, name) in credentials::names(database).into_iter().enumerate().skip(usize::from(uri.is_some())) {
+    let names = credentials::names(&sweeper.spec.database).into_iter().enumerate();
+    for (index, name) in names.skip(usize::from(url.is_some())) {
         let or = if index == 0 { ", or set --database-url or DATABASE_URL" } else { "" };
         secrets.insert(name.to_owned(), secret(&manifest, &namespace, name, or)?.clone());
     }
-    let credentials = Credentials::read(database, &namespace, &secrets, uri)?;
+    resolve(sweeper, &namespace, &secrets, url)
+}
+
+/// Why an object of the cluster cannot be worked on.
+#[derive(Debug)]
+pub enum FetchError {
+    /// The cluster did not give it out.
+    Cluster(ClusterError),
+    /// What the operator would tell of the object in its status.
+    Found(Reason, String),
+    /// Something else is not right.
+    Input(anyhow::Error),
+}
+
+/// Reads an object of the cluster, and the Secrets it names.
+///
+/// # Errors
+/// When one of them is not there, not readable for the user, or not right.
+pub async fn fetch(cluster: &Cluster, name: &str, args: &Source) -> Result<Input, FetchError> {
+    let object = cluster.get(name).await.map_err(FetchError::Cluster)?;
+    let sweeper: AuditLogSweeper = object.try_parse().map_err(|error| {
+        FetchError::Found(Reason::InvalidSpec, format!("the object cannot be read as an AuditLogSweeper: {error}"))
+    })?;
+    let database = &sweeper.spec.database;
+    // Not DATABASE_URL: what is asked is whether the object's own Secret is right.
+    let url = args.database_url.clone();
+    let mut secrets = BTreeMap::new();
+    for name in credentials::names(database).into_iter().skip(usize::from(url.is_some())) {
+        let secret = cluster.secret(name).await.map_err(|error| match error {
+            ClusterError::NoSecret { .. } => FetchError::Found(Reason::SecretNotFound, error.to_string()),
+            error => FetchError::Cluster(error),
+        })?;
+        secrets.insert(name.to_owned(), secret.data.unwrap_or_default());
+    }
+    resolve(&sweeper, &cluster.namespace, &secrets, url).map_err(|error| {
+        let credentials = error.downcast_ref::<CredentialsError>().map(CredentialsError::reason);
+        match credentials.or_else(|| error.downcast_ref::<crate::sweep::Error>().map(crate::sweep::Error::reason)) {
+            Some(reason) => FetchError::Found(reason, format!("{error:#}")),
+            None => FetchError::Input(error),
+        }
+    })
+}
+
+/// From the object and its Secrets to what a sweep works on; `url` takes the place of the first Secret.
+///
+/// # Errors
+/// When what they hold is not right.
+fn resolve(
+    sweeper: &AuditLogSweeper,
+    namespace: &str,
+    secrets: &BTreeMap<String, SecretData>,
+    url: Option<String>,
+) -> anyhow::Result<Input> {
+    let database = &sweeper.spec.database;
+    let credentials = Credentials::read(database, namespace, secrets, url.map(|url| ConnectionUri::new(&url)))?;
     let mode = database.tls.as_ref().and_then(|tls| tls.mode);
     let application_name = format!("audit-log-sweeper/{namespace}/{}", sweeper.name_any());
     let target = Target::new(&credentials, mode, &default_roots()?, &application_name)?;
@@ -62,7 +114,11 @@ pub fn read(args: &Source) -> anyhow::Result<Input> {
     Ok(Input { plan, target })
 }
 
-fn read_file(path: &Path) -> anyhow::Result<String> {
+/// The text of a file, or of standard input.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn read_file(path: &Path) -> anyhow::Result<String> {
     let mut text = String::new();
     if path == Path::new("-") {
         std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;

@@ -1,17 +1,26 @@
-//! The command line: `run` the operator, `sweep` once or `check` without a cluster, print the `crd`. Reads the
-//! environment.
+//! The command line: `run` the operator; `status`, `sweep-now`, `suspend`, `resume` and `check` for people with a cluster,
+//! also as a plugin of kubectl; `sweep` and `check` without one. Reads the environment.
 
 mod check;
+mod cluster;
+mod complete;
 mod input;
 mod run;
+mod status;
+mod style;
+mod suspend;
 mod sweep;
+mod sweep_now;
 
+use std::ffi::OsString;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -28,50 +37,130 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the operator: sweep what the AuditLogSweepers of the cluster say
-    Run(run::Run),
-    /// Sweep once, without a cluster, what the AuditLogSweeper in a file says
-    Sweep(sweep::Sweep),
+    /// Show what the AuditLogSweepers of a cluster did, what comes next, and what is wrong
+    Status(status::Status),
+    /// Have an AuditLogSweeper of a cluster sweep now
+    SweepNow(sweep_now::SweepNow),
+    /// Pause an AuditLogSweeper of a cluster
+    Suspend(suspend::Suspend),
+    /// Let an AuditLogSweeper of a cluster go on
+    Resume(suspend::Suspend),
     /// Look whether a sweep could run, and print the SQL that mends what is in its way; change nothing
     Check(check::Check),
+    /// Sweep once, without a cluster, what the AuditLogSweeper in a file says
+    Sweep(sweep::Sweep),
+    /// Run the operator: sweep what the AuditLogSweepers of the cluster say
+    Run(run::Run),
     /// Print the CustomResourceDefinition as YAML
     Crd,
+    /// Print the script that completes command lines in a shell
+    Completions(complete::Completions),
 }
 
 /// How a result is printed.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub enum Output {
     Text,
     Json,
+    Yaml,
+}
+
+/// Under these names kubectl finds its plugin, and what completes the plugin's words.
+const PLUGIN: &str = "kubectl-sweeper";
+const PLUGIN_COMPLETION: &str = "kubectl_complete-sweeper";
+
+/// Does what the command line says, and as what the program was called. Exits with 0 when it did what it should, 1 when
+/// it failed or found something not ready, 2 when its input is bad.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let called = args.first().and_then(|path| Path::new(path).file_name()).unwrap_or_default().to_owned();
+    let completes = called == PLUGIN_COMPLETION;
+    let command = command(completes || called == PLUGIN);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return complain(&anyhow::Error::from(error).context("cannot start threads"), 1),
+    };
+    let code = if completes {
+        runtime.block_on(complete::answer(&command, args.get(1..).unwrap_or_default()))
+    } else {
+        let parsed = command.clone().try_get_matches_from(args).and_then(|found| Cli::from_arg_matches(&found));
+        match parsed {
+            Ok(cli) => runtime.block_on(cli.run(command)),
+            Err(error) => error.exit(),
+        }
+    };
+    // A name that is being looked up must not hold the exit up.
+    runtime.shutdown_background();
+    code
+}
+
+/// What can be typed. A plugin's help is about the commands that people with a cluster use.
+fn command(plugin: bool) -> clap::Command {
+    let command = Cli::command();
+    if plugin {
+        let command = command.name(PLUGIN).bin_name("kubectl sweeper");
+        ["run", "crd"].iter().fold(command, |command, name| command.mut_subcommand(name, |hidden| hidden.hide(true)))
+    } else {
+        command
+    }
 }
 
 impl Cli {
-    /// Runs the command. Exits with 0 when it did what it should, 1 when it failed or found something not ready, 2 when
-    /// its input is bad.
-    pub fn main(self) -> ExitCode {
-        let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-            Ok(runtime) => runtime,
-            Err(error) => return complain(&anyhow::Error::from(error).context("cannot start threads"), 1),
-        };
-        let code = match self.command {
-            Command::Run(args) => runtime.block_on(run::run(args)),
-            Command::Sweep(args) => runtime.block_on(sweep::sweep(args)),
-            Command::Check(args) => runtime.block_on(check::check(args)),
+    async fn run(self, command: clap::Command) -> ExitCode {
+        match self.command {
+            Command::Status(args) => status::status(args).await,
+            Command::SweepNow(args) => sweep_now::sweep_now(args).await,
+            Command::Suspend(args) => suspend::suspend(args, true).await,
+            Command::Resume(args) => suspend::suspend(args, false).await,
+            Command::Check(args) => check::check(args).await,
+            Command::Sweep(args) => sweep::sweep(args).await,
+            Command::Run(args) => run::run(args).await,
             Command::Crd => print_crd(),
-        };
-        // A name that is being looked up must not hold the exit up.
-        runtime.shutdown_background();
-        code
+            Command::Completions(args) => complete::completions(&args, command),
+        }
     }
 }
 
 fn complain(error: &anyhow::Error, code: u8) -> ExitCode {
-    drop(writeln!(std::io::stderr(), "error: {error:#}"));
+    // What a server or a file said may be part of it.
+    let text = format!("{error:#}").replace(|c: char| c.is_control() && c != '\n', " ");
+    note(&format!("error: {text}"));
     ExitCode::from(code)
 }
 
+/// Says why the cluster did not do what it was asked.
+fn refuse(error: &cluster::ClusterError) -> ExitCode {
+    note(&format!("error: {}", status::plain(&error.to_string())));
+    ExitCode::from(error.exit_code())
+}
+
+/// Tells something beside the result.
+fn note(text: &str) {
+    drop(writeln!(std::io::stderr(), "{text}"));
+}
+
+/// Prints a result for people, in colours where they are wanted.
+fn show(text: &str) -> ExitCode {
+    written(writeln!(anstream::stdout(), "{}", text.trim_end()))
+}
+
+/// Prints a result for machines.
+fn respond(output: Output, value: &Value) -> ExitCode {
+    match output {
+        Output::Yaml => match serde_saphyr::to_string(value) {
+            Ok(yaml) => print(&yaml),
+            Err(error) => complain(&error.into(), 1),
+        },
+        Output::Text | Output::Json => print(&value.to_string()),
+    }
+}
+
 fn print(text: &str) -> ExitCode {
-    match writeln!(std::io::stdout(), "{}", text.trim_end()) {
+    written(writeln!(std::io::stdout(), "{}", text.trim_end()))
+}
+
+fn written(result: std::io::Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => complain(&anyhow::Error::from(error).context("cannot write the output"), 1),
     }

@@ -1,18 +1,22 @@
 //! `audit-log-sweeper sweep`: one sweep without a cluster, by the same code.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::input::{self, Input, Source};
-use super::{Output, complain, print, stop_signal};
+use super::{Output, complain, print, respond, stop_signal};
 use crate::api::status::Outcome;
 use crate::sweep::{Job, Report};
 use crate::telemetry::{LogFormat, start_logs};
 
 #[derive(Debug, Args)]
 pub struct Sweep {
+    /// File with the AuditLogSweeper, and its Secrets if the database is to be found by them; - for standard input
+    #[arg(short, long)]
+    file: PathBuf,
     #[command(flatten)]
     source: Source,
 }
@@ -20,7 +24,7 @@ pub struct Sweep {
 /// Sweeps once.
 pub async fn sweep(args: Sweep) -> ExitCode {
     start_logs(LogFormat::Text, args.source.log_level);
-    let job = match input::read(&args.source) {
+    let job = match input::read(&args.file, &args.source) {
         Ok(Input { plan, target }) => Job { limit: plan.limit, plan, target, resume_after: None },
         Err(error) => return complain(&error, 2),
     };
@@ -31,8 +35,8 @@ pub async fn sweep(args: Sweep) -> ExitCode {
     let report = crate::sweep::sweep(&job, &stop).await;
     listening.abort();
     let written = match args.source.output {
-        Output::Json => print(&json_report(&job, &report)),
         Output::Text => print(&text_report(&report)),
+        output => respond(output, &machine_report(&job, &report)),
     };
     if let Some(error) = &report.error {
         complain(&anyhow::Error::msg(format!("{}: {error}", error.reason().as_str())), 1)
@@ -43,7 +47,7 @@ pub async fn sweep(args: Sweep) -> ExitCode {
     }
 }
 
-fn json_report(job: &Job, report: &Report) -> String {
+fn machine_report(job: &Job, report: &Report) -> Value {
     let error = report.error.as_ref();
     json!({
         "timedOut": report.timed_out,
@@ -59,7 +63,6 @@ fn json_report(job: &Job, report: &Report) -> String {
         "backlog": report.backlog,
         "error": error.map(|error| json!({ "reason": error.reason().as_str(), "message": error.to_string() })),
     })
-    .to_string()
 }
 
 fn text_report(report: &Report) -> String {

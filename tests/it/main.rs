@@ -15,6 +15,7 @@ mod fixtures;
 mod isolation;
 mod metrics;
 mod outages;
+mod plugin;
 mod prometheus;
 mod readiness;
 mod replicas;

@@ -2,6 +2,7 @@
 
 mod api;
 mod chart;
+mod screens;
 
 use crate::{build_operator, root};
 use anyhow::{Context, bail};
@@ -14,7 +15,8 @@ use support::process::output;
 pub const CRD: [&str; 2] = ["crds/auditlogsweepers.auditlog.dev.yaml", "charts/audit-log-sweeper/files/crd.yaml"];
 
 pub fn run(check: bool) -> anyhow::Result<()> {
-    let crd = output(Command::new(build_operator("dev")?).arg("crd"))?;
+    let program = build_operator("dev")?;
+    let crd = output(Command::new(&program).arg("crd"))?;
     let mut stale = false;
     for file in CRD {
         stale |= settle(file, &crd, check)?;
@@ -23,6 +25,7 @@ pub fn run(check: bool) -> anyhow::Result<()> {
     stale |= settle(chart::README, &chart::readme()?, check)?;
     // Of the chart as it is now written, its CRD included.
     stale |= settle(chart::INSTALL, &chart::install()?, check)?;
+    stale |= settle(screens::README, &screens::readme(&program)?, check)?;
     if stale {
         bail!("files differ from what they are made from: run `cargo xtask generate`");
     }

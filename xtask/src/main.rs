@@ -40,7 +40,8 @@ enum Task {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
-    /// Write the files that are made from others: the CRD, the chart's README, the manifest to install without Helm
+    /// Write the files that are made from others: the CRD, the chart's README, the manifest to install without Helm, the
+    /// screens in the README
     Generate {
         /// Write nothing; fail if a file is not up to date
         #[arg(long)]
