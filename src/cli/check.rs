@@ -62,8 +62,13 @@ async fn fetch(args: &Check, name: &str) -> Result<Input, ExitCode> {
         Err(FetchError::Cluster(error)) => Err(refuse(&error)),
         Err(FetchError::Input(error)) => Err(complain(&error, 2)),
         Err(FetchError::Found(reason, message)) => {
-            let finding =
-                Finding { subject: Subject::Connection, severity: Severity::Blocking, reason, message, fix: None };
+            let field = match reason {
+                Reason::InvalidSpec => "spec",
+                Reason::TLSFailed => "spec.database.tls",
+                _ => "spec.database.secretRef",
+            };
+            let (subject, fix) = (Subject::Connection, Some(Fix::Field(field.into())));
+            let finding = Finding { subject, severity: Severity::Blocking, reason, message, fix };
             report(args.source.output, &early(finding));
             Err(ExitCode::from(1))
         }

@@ -127,10 +127,9 @@ impl Cluster {
     /// # Errors
     /// When it is not there, or the cluster does not tell.
     pub async fn get(&self, name: &str) -> Result<DynamicObject, ClusterError> {
-        match self.ask("get", SWEEPERS, Some(&self.namespace), self.sweepers(false).get_opt(name)).await? {
-            Some(object) => Ok(object),
-            None => Err(self.missing(name).await),
-        }
+        let api = self.sweepers(false);
+        let found = self.ask("get", SWEEPERS, Some(&self.namespace), api.get(name)).await;
+        self.or_missing(name, found).await
     }
 
     /// The AuditLogSweepers of the namespace, or of all, in the order of their names.
@@ -159,10 +158,7 @@ impl Cluster {
         let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
         let (api, patch) = (self.sweepers(false), Patch::Merge(patch));
         let patched = self.ask("patch", SWEEPERS, Some(&self.namespace), api.patch(name, &params, &patch)).await;
-        match patched {
-            Err(ClusterError::Refused { code: 404, .. }) => Err(self.missing(name).await),
-            patched => patched,
-        }
+        self.or_missing(name, patched).await
     }
 
     /// A Secret of the namespace.
@@ -184,15 +180,16 @@ impl Cluster {
         }
     }
 
-    /// Why an object is not there: the kind is not, or the name is another.
-    async fn missing(&self, name: &str) -> ClusterError {
+    /// Says of an object that is not there why: the kind is not, or the name is another.
+    async fn or_missing<T>(&self, name: &str, answer: Result<T, ClusterError>) -> Result<T, ClusterError> {
+        let Err(ClusterError::Refused { code: 404, .. }) = answer else { return answer };
         let names = match self.list(false).await {
             Ok(objects) => objects.iter().map(ResourceExt::name_any).collect(),
-            Err(ClusterError::NotInstalled) => return ClusterError::NotInstalled,
+            Err(ClusterError::NotInstalled) => return Err(ClusterError::NotInstalled),
             // Who may not list them is told no more.
             Err(_) => vec![],
         };
-        ClusterError::NoObject { name: name.into(), namespace: self.namespace.clone(), near: near(name, &names) }
+        Err(ClusterError::NoObject { name: name.into(), namespace: self.namespace.clone(), near: near(name, &names) })
     }
 
     async fn ask<T>(

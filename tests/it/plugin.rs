@@ -192,7 +192,7 @@ async fn check_reads_the_object_and_its_secret_from_the_cluster() {
     let (code, out, err) = operator.sweeper(&["check", "app"]).await;
     assert_eq!((code, err.as_str()), (1, ""), "{out}");
     assert!(out.starts_with("error    connection    there is no Secret db in namespace "), "{out}");
-    assert!(out.ends_with("\n-- SecretNotFound (connection)\n"), "{out}");
+    assert!(out.ends_with("\n-- SecretNotFound (connection): change spec.database.secretRef\n"), "{out}");
 
     operator.secret_for(&log).await;
     let (code, out, err) = operator.sweeper(&["check", "app"]).await;
@@ -209,6 +209,11 @@ async fn check_reads_the_object_and_its_secret_from_the_cluster() {
     operator.secret("db", &[("uri", "nonsense")]).await;
     let (code, out, _) = operator.sweeper(&["check", "app"]).await;
     assert!(code == 1 && out.contains("\n-- InvalidConnectionURI (connection)"), "{out}");
+    // Whether the object's own Secret is right is what was asked, whatever else is set.
+    let admin = operator.plane.kubeconfig();
+    let mut check = ours(&["check", "app", "-n", &operator.namespace]);
+    let (code, _, _) = ran(check.env("KUBECONFIG", admin).env("DATABASE_URL", log.database.uri()));
+    assert_eq!(code, 1);
     // One or the other.
     for args in [&["check"][..], &["check", "app", "-f", "x"], &["check", "-f", "x", "-n", "y"]] {
         assert_eq!(ran(&mut ours(args)).0, 2, "{args:?}");

@@ -169,7 +169,10 @@ fn counts(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
         let oldest = backlog.oldest_time_started;
         let oldest = oldest.map_or_else(String::new, |oldest| format!(", the oldest started {}", ago(now, oldest)));
         let rows = count(backlog.remaining, "stale row", "stale rows");
-        page.row("Backlog", &if backlog.remaining == 0 { "none".into() } else { format!("{more}{rows}{oldest}") });
+        let left = if backlog.remaining == 0 { "none".into() } else { format!("{more}{rows}{oldest}") };
+        // A failed attempt counts nothing.
+        let then = if seen.status.consecutive_failures > 0 { ", as of the last success" } else { "" };
+        page.row("Backlog", &format!("{left}{then}"));
     }
     if let Some(refused) = seen.status.unsweepable.as_ref().filter(|refused| refused.count > 0) {
         let ids = if refused.ids.is_empty() { String::new() } else { format!(": {}", refused.ids.join(", ")) };

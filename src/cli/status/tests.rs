@@ -139,6 +139,7 @@ fn failing_says_why_and_what_to_do_once() {
             "DatabaseReachable   False: DatabaseUnreachable, for 7m41s",
             "Next sweep          in 2m19s, at 2026-11-22T20:17:19Z; it failed 5 times in a row",
             "Last sweep          Failed, by schedule, 19s ago, took 3ms, attempt 3",
+            "Backlog             none, as of the last success",
         ],
     );
 }
