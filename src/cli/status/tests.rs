@@ -164,7 +164,8 @@ fn stalled_and_a_missing_index_are_told_beside_ready() {
             "Stalled             True: TableNotFound, for 5m",
             "SchemaReady         False: IndexMissing, for 5m",
             "                    no valid index",
-            "                    Do: run the CREATE INDEX that audit-log-sweeper check prints",
+            "                    Do: run the SQL that audit-log-sweeper check prints, as the roles named in it",
+            "                    and not in a transaction",
             "Next sweep          3m overdue, at 2026-11-22T20:12:00Z",
         ],
     );
