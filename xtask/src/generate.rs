@@ -2,6 +2,7 @@
 
 mod api;
 mod chart;
+mod performance;
 mod screens;
 
 use crate::{build_operator, root};
@@ -26,6 +27,9 @@ pub fn run(check: bool) -> anyhow::Result<()> {
     // Of the chart as it is now written, its CRD included.
     stale |= settle(chart::INSTALL, &chart::install()?, check)?;
     stale |= settle(screens::README, &screens::readme(&program)?, check)?;
+    if let Some(document) = performance::document()? {
+        stale |= settle(performance::DOCUMENT, &document, check)?;
+    }
     if stale {
         bail!("files differ from what they are made from: run `cargo xtask generate`");
     }

@@ -1,5 +1,6 @@
 //! `cargo xtask`: what developers run beside cargo itself. Parses the command line and hands over to the command.
 
+mod bench;
 mod demo;
 mod e2e;
 mod generate;
@@ -81,6 +82,11 @@ enum Task {
     },
     /// Break the sweep, one promise at a time, and see that a test notices
     Mutants,
+    /// Measure the product against what people would use instead
+    Bench {
+        #[command(subcommand)]
+        bench: bench::Bench,
+    },
     /// Watch the operator sweep: installs the chart, fills a table, and checks every sweep
     Demo {
         /// Leave everything running until Ctrl-C, to try more
@@ -101,6 +107,7 @@ fn main() -> ExitCode {
         Task::E2e { load_image, database_host, profile } => {
             e2e::run(&load_image, &database_host, &profile).map(|()| ExitCode::SUCCESS)
         }
+        Task::Bench { bench } => bench::run(&bench),
         Task::Mutants => mutants::run(),
         Task::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
         Task::Demo { keep } => demo::run(keep).map(|()| ExitCode::SUCCESS),

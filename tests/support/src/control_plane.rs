@@ -117,7 +117,9 @@ impl ControlPlane {
                 .arg("--service-cluster-ip-range=10.96.0.0/16")
                 .arg(flag("audit-policy-file", "audit-policy.yaml", AUDIT_POLICY)?)
                 .arg(format!("--audit-log-path={}", audit_log.display()))
-                .arg("--audit-log-mode=blocking");
+                .arg("--audit-log-mode=blocking")
+                // One file, whole: a log that is rotated would look like requests that were never made.
+                .arg("--audit-log-maxsize=100000");
         scratch.write("ca.crt", authority.pem(), None)?;
 
         let mut started = ControlPlane {
@@ -251,6 +253,12 @@ impl ControlPlane {
         helm.env("HELM_CACHE_HOME", home.join("cache")).env("HELM_CONFIG_HOME", home.join("config"));
         helm.env("HELM_DATA_HOME", home.join("data"));
         helm
+    }
+
+    /// Where every request for the resource, its events and for Secrets is written, one line of JSON each, before it is
+    /// answered.
+    pub fn audit_log(&self) -> &Path {
+        &self.audit_log
     }
 
     /// Every request so far for the resource and for Secrets, oldest first.

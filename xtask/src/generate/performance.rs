@@ -1,0 +1,110 @@
+//! The document with what was measured, made from the files of results that are kept in the repository.
+
+use crate::bench::findings;
+use crate::bench::results::{self, Results};
+use crate::bench::tables::verdicts;
+use crate::root;
+
+pub const DOCUMENT: &str = "docs/performance.md";
+
+/// What `cargo xtask bench ... --output` wrote.
+const SWEEP: &str = "docs/performance/sweep.json";
+const CONTROLLER: &str = "docs/performance/controller.json";
+
+const HEAD: &str = "\
+# Performance
+
+What was measured, on one machine, in the same run as what stands against it. Made from
+[`docs/performance`](performance) by `cargo xtask generate`; every single run is in those files. To measure again, on a
+machine that does nothing else:
+
+```console
+$ cargo xtask bench sweep --afresh --output docs/performance/sweep.json             # hours; goes on where it was stopped
+$ cargo xtask bench controller --afresh --output docs/performance/controller.json   # a quarter of an hour
+$ cargo xtask generate
+```
+
+Ours is the program `audit-log-sweeper` itself, from its start to its end, in the profile `bench-quick`: a release without
+link-time optimization. Numbers are medians of the rounds, with the least and the most; ratios are taken within a round,
+and each round begins with another subject. `FAIL` is less than what was asked, `missed` less than what was hoped for.
+";
+
+const ABOUT_SWEEP: &str = "\
+The table is that of [`manifests/sql`](../manifests/sql), with its index. Every run has a fresh copy of the same files, after
+a checkpoint, with 1 GB of shared buffers, fsync on and autovacuum off (but for the requests, where it is on and comes every
+5 s). After each run every row is looked at: a row that was not stale and has a new version fails the benchmark. Unless said
+otherwise the statistics are those from before the backlog, as after a crash.
+
+The original's statement is `UPDATE ... WHERE id IN (SELECT id ... ORDER BY time_started, id LIMIT n)`, prepared. It may
+overwrite a completion; the unbounded one also holds up every request for its rows. The plain guard is the statement of the
+[design](design.md) without `IS TRUE` and its planner settings, joined by `id`; it is stopped after 60 s.
+
+Requests are made at half of what the server can do, and counted from when they were due, so that a stall is felt by all
+that should have begun meanwhile. They and the server share the machine's cores.
+";
+
+const ABOUT_CONTROLLER: &str = "\
+The objects share the databases of one server, and nothing is to be swept; the operator, the API server, etcd and PostgreSQL
+share the machine, and etcd does not wait for its disk. Before the restart every object was due. For comparison: one run of a
+CronJob with psql made a Job, a Pod and 8 events, and took 3 s on a real node, never more often than once a minute.
+";
+
+/// The document. None: nothing is kept.
+pub fn document() -> anyhow::Result<Option<String>> {
+    let mut text = HEAD.to_owned();
+    let mut found = false;
+    for (file, title, about) in [(SWEEP, "The sweep", ABOUT_SWEEP), (CONTROLLER, "The operator", ABOUT_CONTROLLER)] {
+        let path = root().join(file);
+        if path.exists() {
+            found = true;
+            text.push_str(&chapter(title, about, &results::read(&path)?));
+        }
+    }
+    Ok(found.then_some(text))
+}
+
+fn chapter(title: &str, about: &str, results: &Results) -> String {
+    let mut text = format!("\n## {title}\n\n{about}\n");
+    for (what, value) in &results.machine {
+        text.push_str(&format!("- {what}: {value}\n"));
+    }
+    for (server, parts) in &results.servers {
+        text.push_str(&format!("\n### {title}: {server}\n"));
+        let findings: Vec<_> = parts.iter().map(|(section, part)| findings::of(section, &part.samples)).collect();
+        let all: Vec<_> = findings.iter().flat_map(|finding| finding.verdicts.clone()).collect();
+        let tables = findings.iter().flat_map(|finding| &finding.tables);
+        for table in [verdicts(&all)].iter().chain(tables) {
+            text.push_str(&format!("\n{}", table.markdown()));
+        }
+        let options: Vec<String> =
+            parts.iter().map(|(section, part)| format!("{section}: `{}`", part.options)).collect();
+        text.push_str(&format!("\nOptions: {}.\n", options.join(", ")));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::results::{Part, Sample, Samples};
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn a_chapter_names_the_machine_and_has_a_verdict_for_each_claim() {
+        let samples = Samples(vec![Sample::new("fresh", "audit-log-sweeper", 0, [("rows", 9.0), ("seconds", 1.0)])]);
+        let part = Part { options: serde_json::json!({ "rows": 9 }), seconds: 1.0, samples };
+        let machine = BTreeMap::from([("cpu".to_owned(), "fast, 2 cores".to_owned())]);
+        let servers =
+            BTreeMap::from([("PostgreSQL 15".to_owned(), BTreeMap::from([("2 statistics".to_owned(), part)]))]);
+        let text = chapter("The sweep", "About.", &Results { machine, servers });
+        for line in [
+            "- cpu: fast, 2 cores",
+            "### The sweep: PostgreSQL 15",
+            "| fresh | 9 |",
+            "Options: 2 statistics: `{\"rows\":9}`.",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}: {text}");
+        }
+        assert!(text.contains("| statistics: the best of the worst | - | at most 1.5 | | FAIL |"), "{text}");
+    }
+}
