@@ -106,7 +106,8 @@ fn stale(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>) -> String {
 /// - The guard `time_completed IS NULL` is the promise that a complete row is never touched. It is spelt
 ///   `(...) IS TRUE` so that the planner does not take it for a reason to use the partial index there too.
 /// - The outer query counts what was *selected*, on which the cursor and the end of the sweep rest, and what was
-///   completed; the transaction id is NULL where there was nothing to lock, so an idle sweep uses none.
+///   completed. Only two rows are written out as text, without sorting: aggregates that sort all of them took a tenth of
+///   a batch's time. The transaction id is NULL where there was nothing to lock, so an idle sweep uses none.
 fn update(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> String {
     let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
     let stale = stale(plan, cutoff, cursor);
@@ -116,12 +117,12 @@ fn update(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> Stri
            FROM stale WHERE t.{time_started} = stale.{time_started} AND t.{id} = stale.{id} \
            AND (t.{time_completed} IS NULL) IS TRUE \
            RETURNING t.{time_started}, t.{id}, t.{time_completed}) \
-         SELECT s.n, d.n, pg_current_xact_id_if_assigned()::text, s.ts, s.id, d.ts, d.id, d.at FROM \
-           (SELECT count(*) AS n, (array_agg({time_started}::text ORDER BY {time_started} DESC, {id} DESC))[1] AS ts, \
-             (array_agg({id}::text ORDER BY {time_started} DESC, {id} DESC))[1] AS id FROM stale) AS s, \
-           (SELECT count(*) AS n, min({time_started})::text AS ts, \
-             (array_agg({id}::text ORDER BY {time_started}, {id}))[1] AS id, \
-             (array_agg({time_completed}::text ORDER BY {time_started}, {id}))[1] AS at FROM done) AS d"
+         SELECT s.n, d.n, pg_current_xact_id_if_assigned()::text, last.ts, last.id, one.ts, one.id, one.at FROM \
+           (SELECT count(*) AS n FROM stale) AS s CROSS JOIN (SELECT count(*) AS n FROM done) AS d \
+           LEFT JOIN (SELECT {time_started}::text AS ts, {id}::text AS id FROM stale \
+             ORDER BY stale.{time_started} DESC, stale.{id} DESC LIMIT 1) AS last ON true \
+           LEFT JOIN (SELECT {time_started}::text AS ts, {id}::text AS id, {time_completed}::text AS at FROM done \
+             LIMIT 1) AS one ON true"
     )
 }
 
