@@ -68,15 +68,20 @@ fn statistics(samples: &Samples) -> Finding {
 }
 
 fn snapshot(samples: &Samples) -> Finding {
-    let case = "an old snapshot held";
-    let mut table = Table::new("Drain beside an old snapshot", &["", "rows/s", "of the original"]);
-    for subject in samples.subjects(case) {
-        let ratio = samples.ratio((case, subject), (case, ORIGINAL), RATE);
-        table.row([subject.into(), shown(samples.spread(case, subject, RATE)), shown(ratio)]);
+    let mut finding = Finding::default();
+    for case in samples.cases() {
+        let title = format!("Drain beside an old snapshot, {case}");
+        let mut table = Table::new(title, &["", "rows/s", "of the original"]);
+        for subject in samples.subjects(case) {
+            let ratio = samples.ratio((case, subject), (case, ORIGINAL), RATE);
+            table.row([subject.into(), shown(samples.spread(case, subject, RATE)), shown(ratio)]);
+        }
+        finding.tables.push(table);
+        let ratio = middle(samples.ratio((case, OURS), (case, ORIGINAL), RATE));
+        let what = format!("beside an old snapshot, {case}: of the original");
+        finding.verdicts.push(Verdict::must(what, ratio, Bound::AtLeast(3.0)));
     }
-    let ratio = middle(samples.ratio((case, OURS), (case, ORIGINAL), RATE));
-    let verdict = Verdict::must("beside an old snapshot: of the original", ratio, Bound::AtLeast(3.0));
-    Finding { tables: vec![table], verdicts: vec![verdict] }
+    finding
 }
 
 fn trips(samples: &Samples) -> Finding {

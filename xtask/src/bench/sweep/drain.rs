@@ -62,20 +62,22 @@ impl Bench<'_> {
         let mut samples = Samples::default();
         let rounds = self.options.rounds;
         let subjects = [Subject::Ours, Subject::Original];
-        let mut steps = Steps::new("beside an old snapshot", subjects.len() * rounds as usize);
-        for round in 0..rounds {
-            for subject in rotated(&subjects, round) {
-                steps.next(subject.name());
-                let copy = self.copy(Layout::Block).await?;
-                let old = copy.connect().await?;
-                old.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM pg_class").await?;
-                let (took, rows) = self.time(subject, &copy).await?;
-                // It was held to the end.
-                old.batch_execute("COMMIT").await?;
-                let values = [("seconds", took.as_secs_f64()), ("rows", rows)];
-                samples.push(Sample::new("an old snapshot held", subject.name(), round, values));
-                drop(old);
-                copy.drop().await?;
+        let mut steps = Steps::new("beside an old snapshot", 2 * subjects.len() * rounds as usize);
+        for layout in [Layout::Block, Layout::Interleaved] {
+            for round in 0..rounds {
+                for subject in rotated(&subjects, round) {
+                    steps.next(subject.name());
+                    let copy = self.copy(layout).await?;
+                    let old = copy.connect().await?;
+                    old.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM pg_class").await?;
+                    let (took, rows) = self.time(subject, &copy).await?;
+                    // It was held to the end.
+                    old.batch_execute("COMMIT").await?;
+                    let values = [("seconds", took.as_secs_f64()), ("rows", rows)];
+                    samples.push(Sample::new(layout.name(), subject.name(), round, values));
+                    drop(old);
+                    copy.drop().await?;
+                }
             }
         }
         Ok(samples)
