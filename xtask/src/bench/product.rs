@@ -41,9 +41,9 @@ impl Product {
 
     /// Starts a sweep.
     pub fn start(&self, uri: &str, limit: i64, batch: i64) -> anyhow::Result<Child> {
-        // As the others here: without TLS, and to its end.
+        // As the others here: without TLS, and to its end, unless something is badly wrong.
         let spec = json!({
-            "limit": limit, "batchSize": batch, "timeout": "4h", "deadline": "24h",
+            "limit": limit, "batchSize": batch, "timeout": "4h", "deadline": "10m",
             "database": { "secretRef": { "name": "unused" }, "tls": { "mode": "Disable" } },
         });
         let object = json!({
