@@ -19,7 +19,7 @@ What was measured, on one machine, in the same run as what stands against it. Ma
 machine that does nothing else:
 
 ```console
-$ cargo xtask bench sweep --afresh --output docs/performance/sweep.json             # hours; goes on where it was stopped
+$ cargo xtask bench sweep --afresh --output docs/performance/sweep.json             # hours; without --afresh it goes on where it stopped
 $ cargo xtask bench controller --afresh --output docs/performance/controller.json   # a quarter of an hour
 $ cargo xtask generate
 ```
