@@ -1,6 +1,7 @@
 //! Drives a sweep: connect, freeze the cutoff, batch after batch, then count what is left.
 
 mod commit;
+mod stop;
 mod trouble;
 
 use std::time::Duration;
@@ -98,7 +99,11 @@ pub async fn connect(job: &Job, stop: &CancellationToken) -> Result<Connected, B
 pub async fn go_on(connected: Connected, job: &Job, stop: &CancellationToken) -> Report {
     let start = connected.start;
     let mut report = Report::default();
-    match run(connected, job, stop, &mut report).await {
+    let ended = tokio::select! {
+        ended = run(connected, job, stop, &mut report) => ended,
+        () = stop::overdue(stop) => Ok(Ended::Stopped),
+    };
+    match ended {
         Ok(ended) => report.ended = Some(ended),
         Err(error) => report.error = Some(error),
     }
@@ -135,7 +140,7 @@ async fn run(connected: Connected, job: &Job, stop: &CancellationToken, report: 
                 () = stop.cancelled() => None,
             };
             let Some(backlog) = counted else {
-                sweep.session.cancel().await;
+                drop(timeout(stop::CANCEL, sweep.session.cancel()).await);
                 return Ok(ended);
             };
             let nothing_left = backlog.remaining == 0;
@@ -371,31 +376,6 @@ impl Sweep<'_> {
     /// Why no further statement begins.
     fn cause(&self) -> Ended {
         if self.stop.is_cancelled() { Ended::Stopped } else { Ended::DeadlineReached }
-    }
-
-    /// Waits for an answer. A stop, or the deadline, cancels the statement on the server.
-    async fn ask_for_rows(&self, step: Step, sql: &str, statement_timeout: Duration) -> Result<Answer, Error> {
-        let query = self.session.query(step, sql, statement_timeout + GRACE);
-        tokio::pin!(query);
-        let answer = tokio::select! {
-            answer = &mut query => answer,
-            () = self.stop.cancelled() => {
-                self.session.cancel().await;
-                // Whether the cancel came in time or not: nothing of the batch is committed.
-                drop(timeout(GRACE, &mut query).await);
-                self.session.rollback().await;
-                return Ok(Answer::Early(Ended::Stopped));
-            }
-        };
-        match answer {
-            Ok(answer) => Ok(Answer::Rows(answer)),
-            // The server's statement timeout was cut to what the deadline left.
-            Err(error) if error.sqlstate() == Some("57014") && Instant::now() >= self.deadline => {
-                self.session.rollback().await;
-                Ok(Answer::Early(Ended::DeadlineReached))
-            }
-            Err(error) => Err(error),
-        }
     }
 
     /// Tells a row that the server refuses from a statement that fits no row: that one EXPLAIN refuses too.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Sweep, statement};
+use super::{Sweep, statement, stop};
 use crate::sweep::Error;
 use crate::sweep::error::Step;
 use crate::sweep::statement::{Batch, Receipt};
@@ -10,46 +10,36 @@ use crate::sweep::statement::{Batch, Receipt};
 /// How long a COMMIT without an answer is looked up.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The same when the operator is being stopped.
-const LOOKUP_ON_STOP: Duration = Duration::from_secs(2);
-
 /// How often the end of a transaction is asked for.
 const LOOKUP_PAUSE: Duration = Duration::from_millis(100);
-
-/// A COMMIT that was not answered so long after a stop is looked up instead.
-const COMMIT_ON_STOP: Duration = Duration::from_secs(1);
 
 impl Sweep<'_> {
     /// Commits a batch and counts it.
     pub(super) async fn commit(&mut self, batch: &Batch) -> Result<(), Error> {
-        let late = async {
-            self.stop.cancelled().await;
-            tokio::time::sleep(COMMIT_ON_STOP).await;
-        };
+        // Until it is known otherwise: a sweep that is told to stop may end in the midst of this.
+        self.report.uncertain += batch.completed;
         let committed = tokio::select! {
             committed = self.session.query(Step::Commit, "COMMIT", self.patience()) => committed,
-            () = late => Err(Error::Timer { what: "COMMIT", after: COMMIT_ON_STOP }),
+            () = stop::after(self.stop, stop::COMMIT) => Err(Error::Timer { what: "COMMIT", after: stop::COMMIT }),
         };
-        let error = match committed {
-            Ok(_) => {
+        let (known, result) = match committed {
+            Ok(_) => (Some(true), Ok(())),
+            // An error on a living connection is the server's word that nothing was committed. Any other end of COMMIT
+            // says nothing: the rows may be committed.
+            Err(error) => match &batch.receipt {
+                Some(receipt) if !matches!(&error, Error::Server(_)) || says_nothing(error.sqlstate()) => {
+                    (self.find_out(receipt).await, Err(error))
+                }
+                _ => (Some(false), Err(error)),
+            },
+        };
+        if let Some(committed) = known {
+            self.report.uncertain -= batch.completed;
+            if committed {
                 self.count(batch);
-                return Ok(());
-            }
-            Err(error) => error,
-        };
-        // An error on a living connection is the server's word that nothing was committed. Any other end of COMMIT
-        // says nothing: the rows may be committed.
-        if !matches!(&error, Error::Server(_)) || says_nothing(error.sqlstate()) {
-            match &batch.receipt {
-                None => {}
-                Some(receipt) => match self.find_out(receipt).await {
-                    Some(true) => self.count(batch),
-                    Some(false) => {}
-                    None => self.report.uncertain += batch.completed,
-                },
             }
         }
-        Err(error)
+        result
     }
 
     fn count(&mut self, batch: &Batch) {
@@ -60,14 +50,10 @@ impl Sweep<'_> {
 
     /// Whether the transaction of a receipt was committed; None: it cannot be known in the time there is.
     async fn find_out(&self, receipt: &Receipt) -> Option<bool> {
-        let stopped = async {
-            self.stop.cancelled().await;
-            tokio::time::sleep(LOOKUP_ON_STOP).await;
-        };
         tokio::select! {
             committed = self.look_up(receipt) => Some(committed),
             () = tokio::time::sleep(LOOKUP_TIMEOUT) => None,
-            () = stopped => None,
+            () = stop::after(self.stop, stop::LOOKUP) => None,
         }
     }
 
