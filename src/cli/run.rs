@@ -1,15 +1,15 @@
 //! `audit-log-sweeper run`: the operator, from its flags to its end.
 
+mod tasks;
+
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{ArgAction, Args};
-use tokio::task::{JoinError, JoinHandle};
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::{default_roots, stop_signal};
@@ -20,12 +20,7 @@ use crate::schedule::hash;
 use crate::telemetry::http::{self, Readiness};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::{LogFormat, LogLevel, log_panics, start_logs};
-
-/// From SIGTERM on, running sweeps have this long to end and be published.
-const SHUTDOWN: Duration = Duration::from_millis(4300);
-
-/// After them, the lease has this long to be given back.
-const RELEASE: Duration = Duration::from_millis(600);
+use tasks::Tasks;
 
 #[derive(Debug, Args)]
 pub struct Run {
@@ -38,10 +33,10 @@ pub struct Run {
     /// Where to serve /healthz, /readyz and /metrics
     #[arg(long, default_value = "0.0.0.0:8080")]
     health_address: SocketAddr,
-    /// The most sweeps at once
+    /// The most sweeps at once, and as many checks after an edit
     #[arg(long, default_value = "10", value_parser = clap::value_parser!(u16).range(1..))]
     max_concurrent_sweeps: u16,
-    /// The most sweeps at once on one database server
+    /// The most sweeps at once on one database server, and as many checks after an edit
     #[arg(long, default_value = "3", value_parser = clap::value_parser!(u16).range(1..))]
     max_sweeps_per_server: u16,
     /// Show series of each object in /metrics. Without, only those of the process
@@ -209,60 +204,6 @@ async fn operate(args: Run) -> anyhow::Result<()> {
     tasks.wind_up(&ended).await
 }
 
-/// The tasks that live as long as the process.
-struct Tasks {
-    signals: JoinHandle<()>,
-    health: JoinHandle<std::io::Result<()>>,
-    election: JoinHandle<()>,
-    controller: JoinHandle<()>,
-}
-
-impl Tasks {
-    /// Waits until the process is told to stop.
-    ///
-    /// # Errors
-    /// When a task ends before that, whichever it is and however it ends: the process ends with it.
-    async fn until_stopped(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => Ok(()),
-            result = &mut self.signals => bail!("listening for signals ended: {}", how(result.map(Ok))),
-            result = &mut self.health => bail!("the health server ended: {}", how(result)),
-            result = &mut self.election => bail!("the election ended: {}", how(result.map(Ok))),
-            result = &mut self.controller => bail!("the controller ended: {}", how(result.map(Ok))),
-        }
-    }
-
-    /// Sweeps end, their counts are published, and only then, by `ended`, may another replica begin.
-    ///
-    /// # Errors
-    /// When they take too long, or end by a panic.
-    async fn wind_up(self, ended: &CancellationToken) -> anyhow::Result<()> {
-        match timeout(SHUTDOWN, self.controller).await {
-            Ok(result) => result.context("the controller panicked")?,
-            // The lease is kept until it runs out: what may still be going on ends before that.
-            Err(_) => {
-                bail!("sweeps did not end within {SHUTDOWN:?} of the signal; what they committed may be uncounted")
-            }
-        }
-        ended.cancel();
-        match timeout(RELEASE, self.election).await {
-            Ok(result) => result.context("the election panicked"),
-            Err(_) => Ok(()),
-        }
-    }
-}
-
-/// How a task ended. What a panic said may be data.
-fn how(result: Result<std::io::Result<()>, JoinError>) -> String {
-    match result {
-        Ok(Ok(())) => "it should not have".into(),
-        Ok(Err(error)) => error.to_string(),
-        Err(error) if error.is_panic() => "a panic".into(),
-        Err(_) => "it was cancelled".into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,76 +256,5 @@ mod tests {
         for bad in ["1500ms", "0s", "2h", "15", ""] {
             assert!(lease_duration(bad).is_err(), "{bad}");
         }
-    }
-
-    /// Tasks that do not end.
-    fn tasks() -> Tasks {
-        Tasks {
-            signals: tokio::spawn(std::future::pending()),
-            health: tokio::spawn(std::future::pending()),
-            election: tokio::spawn(std::future::pending()),
-            controller: tokio::spawn(std::future::pending()),
-        }
-    }
-
-    async fn panics<T>() -> T {
-        panic!("hunter2")
-    }
-
-    #[tokio::test]
-    async fn whichever_task_ends_first_ends_the_process_and_is_named() {
-        let bad = || std::io::Error::other("the socket is gone");
-        let cases = [
-            (
-                "the health server ended: it should not have",
-                Tasks { health: tokio::spawn(async { Ok(()) }), ..tasks() },
-            ),
-            (
-                "the health server ended: the socket is gone",
-                Tasks { health: tokio::spawn(async move { Err(bad()) }), ..tasks() },
-            ),
-            ("the health server ended: a panic", Tasks { health: tokio::spawn(panics()), ..tasks() }),
-            ("listening for signals ended: a panic", Tasks { signals: tokio::spawn(panics()), ..tasks() }),
-            ("the election ended: it should not have", Tasks { election: tokio::spawn(async {}), ..tasks() }),
-            ("the election ended: a panic", Tasks { election: tokio::spawn(panics()), ..tasks() }),
-            ("the controller ended: it should not have", Tasks { controller: tokio::spawn(async {}), ..tasks() }),
-            ("the controller ended: a panic", Tasks { controller: tokio::spawn(panics()), ..tasks() }),
-        ];
-        for (says, mut tasks) in cases {
-            let ended = timeout(Duration::from_secs(5), tasks.until_stopped(&CancellationToken::new())).await;
-            assert_eq!(ended.expect(says).unwrap_err().to_string(), says);
-        }
-    }
-
-    #[tokio::test]
-    async fn a_signal_is_no_failure_even_if_tasks_end_with_it() {
-        let stop = CancellationToken::new();
-        let ends = |stop: &CancellationToken| tokio::spawn(stop.clone().cancelled_owned());
-        let mut tasks = Tasks { election: ends(&stop), controller: ends(&stop), ..tasks() };
-        assert!(timeout(Duration::from_millis(20), tasks.until_stopped(&stop)).await.is_err());
-        stop.cancel();
-        tokio::task::yield_now().await;
-        tasks.until_stopped(&stop).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn the_lease_is_released_after_the_sweeps_and_kept_if_they_do_not_end() {
-        let (ended, sweeping) = (CancellationToken::new(), CancellationToken::new());
-        let controller = tokio::spawn(sweeping.clone().cancelled_owned());
-        let election = tokio::spawn(ended.clone().cancelled_owned());
-        let winding = Tasks { controller, election, ..tasks() }.wind_up(&ended);
-        tokio::pin!(winding);
-        assert!(timeout(Duration::from_millis(50), &mut winding).await.is_err());
-        assert!(!ended.is_cancelled());
-        sweeping.cancel();
-        winding.await.unwrap();
-        assert!(ended.is_cancelled());
-
-        let ended = CancellationToken::new();
-        let error = tasks().wind_up(&ended).await.unwrap_err().to_string();
-        assert!(error.starts_with("sweeps did not end within 4.3s") && !ended.is_cancelled(), "{error}");
-
-        let error = Tasks { controller: tokio::spawn(panics()), ..tasks() }.wind_up(&ended).await.unwrap_err();
-        assert!(error.to_string() == "the controller panicked" && !ended.is_cancelled(), "{error}");
     }
 }

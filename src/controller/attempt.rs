@@ -36,6 +36,18 @@ impl Attempt<'_> {
         totals.timed_out = totals.timed_out.saturating_add(self.result.as_ref().map_or(0, |report| report.timed_out));
     }
 
+    /// Whether it is the last that the status knows of.
+    pub fn is_in(&self, status: &AuditLogSweeperStatus) -> bool {
+        let empty = Report::default();
+        let ours = self.last_sweep(self.result.as_ref().unwrap_or(&empty));
+        let is_ours = |last: &LastSweep| {
+            (last.schedule_time, last.start_time, last.duration_milliseconds, last.attempts, last.timed_out)
+                == (ours.schedule_time, ours.start_time, ours.duration_milliseconds, ours.attempts, ours.timed_out)
+        };
+        let answered = self.slot.answers.is_none() || status.last_handled_request == self.slot.answers;
+        answered && status.last_sweep.as_ref().is_some_and(is_ours)
+    }
+
     /// Lays it over the status. No verdicts: what was said still stands.
     pub fn lay_over(&self, status: &mut AuditLogSweeperStatus) -> Vec<Verdict> {
         let Self { subject, slot, start, end, result, .. } = *self;

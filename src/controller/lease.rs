@@ -25,7 +25,10 @@ pub use candidate::LONGEST;
 use candidate::{Candidate, Move};
 
 /// The longest that giving the Lease back may take: the process is ending.
-const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(2500);
+
+/// So long after the stop the process has ended.
+const LAST: Duration = Duration::from_secs(5);
 
 /// The part of the readiness that is about the election.
 pub const PART: &str = "lease";
@@ -114,8 +117,14 @@ pub async fn elect(
     let mut election = Election { api, candidate, held: None, leads_until: None, leadership, stop: stop.clone() };
     let (mut told, mut complained) = (None, String::new());
     loop {
-        if election.leads_until.is_none() && stop.is_cancelled() {
-            return;
+        match election.leads_until {
+            None if stop.is_cancelled() => return,
+            // It outlasts us, and a renewal under way would be in the way of giving it back.
+            Some(end) if stop.is_cancelled() && end > Instant::now() + LAST => tokio::select! {
+                () = done.cancelled() => break,
+                () = sleep_until(end - LAST) => {}
+            },
+            _ => {}
         }
         let settings = &election.candidate.settings;
         let (limit, end) = (settings.request_timeout(), election.leads_until);

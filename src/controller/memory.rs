@@ -8,7 +8,7 @@ use kube::ResourceExt;
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::Store;
 
-use super::outcome::{Subject, Update};
+use super::stopping::Pending;
 use crate::api::AuditLogSweeper;
 use crate::telemetry::metrics::Counts;
 
@@ -18,7 +18,7 @@ pub struct Memory {
     /// No sweep before this, whatever the status says. Set before a sweep starts.
     pub next: Option<DateTime<Utc>>,
     /// An outcome that could not be published yet.
-    pub pending: Option<Arc<(Subject, Update)>>,
+    pub pending: Option<Arc<Pending>>,
     /// What was looked at by the last whole preflight, and when.
     pub checked: Option<Seen>,
     /// API requests that failed in a row, for the backoff.
@@ -74,6 +74,11 @@ impl Memories {
         for memory in self.lock().values_mut() {
             (memory.next, memory.counts) = (None, Counts::default());
         }
+    }
+
+    /// What could not be published yet.
+    pub fn pending(&self) -> Vec<Arc<Pending>> {
+        self.lock().values().filter_map(|memory| memory.pending.clone()).collect()
     }
 
     /// Forgets objects that are gone, now and then.

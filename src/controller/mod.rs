@@ -3,7 +3,7 @@
 //! `resolve` (fetches the object and its Secrets) -> `decide` (pure: what is due) -> the sweep or a preflight ->
 //! `outcome` (pure: the status that follows, with `attempt` and `verdicts`; the events are `notice`'s) -> `publish`
 //! (writes it). What must outlive a reconcile but not the
-//! process is in `memory`. Of several replicas the one that holds the `lease` works; the others keep their `watch` warm,
+//! process is in `memory`, and `stopping` publishes at its end what could not be published before. Of several replicas the one that holds the `lease` works; the others keep their `watch` warm,
 //! so that a takeover costs no list of all objects, and a replica that could not take over is not ready.
 
 mod attempt;
@@ -17,6 +17,7 @@ mod properties;
 pub mod publish;
 pub mod reconcile;
 pub mod resolve;
+pub mod stopping;
 pub mod turn;
 mod verdicts;
 mod watch;
@@ -39,6 +40,7 @@ use crate::telemetry::metrics::{self, Metrics, ObjectSeries, Snapshot};
 use lease::Leadership;
 use memory::Memories;
 use resolve::ApiServer;
+use stopping::Stopped;
 use turn::Turns;
 use watch::Scope;
 
@@ -49,9 +51,9 @@ pub struct Settings {
     pub namespaces: Vec<String>,
     /// The label selector of the objects to work on, as kubectl takes it; None: all of them.
     pub selector: Option<String>,
-    /// The most sweeps at once.
+    /// The most sweeps at once, and the most preflights.
     pub max_concurrent_sweeps: usize,
-    /// The most sweeps at once on one database server.
+    /// The most sweeps at once on one database server, and the most preflights.
     pub max_sweeps_per_server: usize,
     /// Whether each object has series in the metrics.
     pub object_metrics: bool,
@@ -94,10 +96,15 @@ pub struct Context {
     settings: Settings,
     memories: Memories,
     turns: Turns,
+    /// Those of preflights, which answer to an edit: long sweeps do not keep them waiting.
+    checks: Turns,
     recorder: Recorder,
     leadership: Leadership,
     /// What is being reconciled right now.
     running: TaskTracker,
+    /// Events that are being sent.
+    events: TaskTracker,
+    stop: CancellationToken,
 }
 
 impl std::fmt::Debug for Context {
@@ -127,8 +134,8 @@ impl Context {
     }
 }
 
-/// Works, whenever it leads, until `stop`: then running sweeps end, their counts are published, and it returns. Any
-/// earlier return means that a watch has ended.
+/// Works, whenever it leads, until `stop`: then running sweeps end, their counts are published, and it returns, at the
+/// latest after [`stopping::SHUTDOWN`]. Any earlier return means that a watch has ended.
 pub async fn run(
     clients: Clients,
     settings: Settings,
@@ -136,16 +143,28 @@ pub async fn run(
     readiness: Readiness,
     metrics: &Metrics,
     stop: CancellationToken,
-) {
+) -> Stopped {
     let scopes = Scope::all(&clients.watches, &settings);
-    let turns = Turns::new(settings.max_concurrent_sweeps, settings.max_sweeps_per_server);
-    let (memories, running) = (Memories::default(), TaskTracker::new());
+    let turns = || Turns::new(settings.max_concurrent_sweeps, settings.max_sweeps_per_server);
+    let (turns, checks) = (turns(), turns());
+    let (memories, running, events) = (Memories::default(), TaskTracker::new(), TaskTracker::new());
     let reporter =
         Reporter { controller: "auditlog.dev/audit-log-sweeper".into(), instance: settings.instance.clone() };
     let client = clients.requests;
     let recorder = Recorder::new(client.clone(), reporter);
     let server = ApiServer { client, instruments: metrics.instruments.clone(), readiness: readiness.clone() };
-    let context = Arc::new(Context { server, settings, memories, turns, recorder, leadership, running });
+    let context = Arc::new(Context {
+        server,
+        settings,
+        memories,
+        turns,
+        checks,
+        recorder,
+        leadership,
+        running,
+        events,
+        stop: stop.clone(),
+    });
     let stores: Arc<[Store<DeserializeGuard<AuditLogSweeper>>]> = scopes.iter().map(Scope::store).collect();
     metrics.show({
         let (context, stores) = (context.clone(), stores.clone());
@@ -160,15 +179,15 @@ pub async fn run(
                 return;
             }
         }
+        std::future::pending().await
     };
     // A watch that waits to try again holds nobody up: what counts is that no object is being worked on.
     let stopped = async {
         stop.cancelled().await;
-        context.running.close();
-        context.running.wait().await;
+        stopping::wind_up(&context).await
     };
     tokio::select! {
-        () = ended => {}
-        () = stopped => {}
+        () = ended => Stopped::default(),
+        stopped = stopped => stopped,
     }
 }

@@ -113,6 +113,12 @@ impl Update {
         }
     }
 
+    /// Whether a status already has it, if this is about an attempt.
+    pub fn is_in(&self, subject: &Subject, status: &AuditLogSweeperStatus) -> bool {
+        let Self::Sweep { slot, start, end, result, .. } = self else { return false };
+        Attempt { subject, slot, start: *start, end: *end, result, checked: None }.is_in(status)
+    }
+
     /// The status that follows.
     pub fn apply(&self, subject: &Subject, old: &AuditLogSweeperStatus) -> AuditLogSweeperStatus {
         let mut status = old.clone();

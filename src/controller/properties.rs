@@ -3,7 +3,7 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 
-use super::decide::{Decision, decide};
+use super::decide::{Decision, Slot, decide};
 use super::notice::notices;
 use super::outcome::{Failure, Subject, Update};
 use crate::api::Reason;
@@ -304,4 +304,30 @@ fn events_tell_of_changes_alone() {
     world.status.next_schedule_time = Some(world.now + TimeDelta::days(100));
     world.settle(0);
     assert_eq!(world.told, ["Suspended", "SweepRequested", "Resumed", "SweepRequested", "ScheduleRepaired"]);
+}
+
+#[test]
+fn a_status_tells_which_outcomes_it_has_so_that_none_is_counted_twice() {
+    let (subject, old) = (subject(1, 600), AuditLogSweeperStatus::default());
+    let at = |second| DateTime::from_timestamp(second, 0).unwrap();
+    let sweep = |start: i64, timed_out: i64, request: &str| {
+        let slot = Slot {
+            schedule_time: at(1_000_000),
+            trigger: Trigger::Request,
+            limit: 10,
+            continues: None,
+            answers: Some(request.into()),
+        };
+        let report = Report { timed_out, ended: Some(Ended::Drained), ..Report::default() };
+        Update::Sweep { slot, start: at(start), end: at(start), result: Box::new(Ok(report)), checked: None }
+    };
+    let ours = sweep(1_000_000, 7, "a");
+    assert!(!ours.is_in(&subject, &old));
+    let written = ours.apply(&subject, &old);
+    assert!(ours.is_in(&subject, &written));
+    // Another at the same time, that came to another number, or for another request, is another.
+    for other in [sweep(1_000_001, 7, "a"), sweep(1_000_000, 8, "a"), sweep(1_000_000, 7, "b")] {
+        assert!(!other.is_in(&subject, &written), "{other:?}");
+    }
+    assert!(!Update::Repaired { now: at(1_000_000) }.is_in(&subject, &written));
 }

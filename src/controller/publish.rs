@@ -50,6 +50,10 @@ pub async fn publish(
     let mut base = base.clone();
     for _ in 0..ATTEMPTS {
         let old = base.status.clone().unwrap_or_default();
+        // An earlier try may have arrived, and only its answer not.
+        if update.is_in(subject, &old) {
+            return Ok(Some(Published { object: base, notices: vec![] }));
+        }
         // Someone else's later attempt stands; only the sums take ours in. A time in the future is no attempt's.
         let later = |start| old.last_attempt_time.is_some_and(|last| start < last && last <= now);
         let overtaken = update.start().is_some_and(later);

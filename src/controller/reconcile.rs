@@ -18,7 +18,8 @@ use super::decide::{Decision, Slot, decide};
 use super::memory::Seen;
 use super::outcome::{Failure, Subject, Update};
 use super::resolve::ApiError;
-use super::turn::ServerPermit;
+use super::stopping::{Pending, publish_update, unless};
+use super::turn::{ServerPermit, ServerTurn};
 use super::{Context, publish, resolve};
 use crate::api::conditions::{self, ConditionType};
 use crate::api::status::{Outcome, Trigger};
@@ -51,6 +52,10 @@ pub async fn reconcile(
     context: Arc<Context>,
 ) -> Result<Action, Infallible> {
     let _running = context.running.token();
+    // What may still have to be published is seen to by whoever waits for the token.
+    if context.stop.is_cancelled() {
+        return Ok(Action::await_change());
+    }
     let uid = object.meta().uid.clone().unwrap_or_default();
     let driven = AssertUnwindSafe(drive(&object, &uid, &context)).catch_unwind().await;
     let action = match driven.unwrap_or(Err(ApiError::Panic)) {
@@ -61,6 +66,7 @@ pub async fn reconcile(
                 Action::requeue(wait.to_std().unwrap_or_default())
             })
         }
+        Err(_) if context.stop.is_cancelled() => Action::await_change(),
         Err(failed) => {
             let failures = context.memories.change(&uid, |memory| {
                 memory.api_failures = memory.api_failures.saturating_add(1);
@@ -87,15 +93,15 @@ async fn drive(
     let mut object = match (&object.0, context.leadership.term()) {
         (Ok(object), _) => object.clone(),
         (Err(_), None) => return Ok(None),
-        (Err(invalid), Some(_)) => {
+        (Err(invalid), Some(term)) => {
             warn!(
                 namespace = invalid.metadata.namespace,
                 name = invalid.metadata.name,
                 error = invalid.error,
                 "invalid object"
             );
-            publish::publish_invalid(&context.server, invalid, Utc::now()).await?;
-            return Ok(None);
+            let published = unless(&term, publish::publish_invalid(&context.server, invalid, Utc::now())).await;
+            return published.transpose().map(|_| None);
         }
     };
     // Also without the lead: it is about what this replica did while it had it, and lays itself beneath later attempts.
@@ -129,17 +135,15 @@ async fn pass(
         return Ok(Pass::Wait(next));
     }
     let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
-    let mut permit: Option<ServerPermit> = None;
+    let (mut permit, mut check_permit): (Option<ServerPermit>, Option<ServerPermit>) = (None, None);
     loop {
-        if term.is_cancelled() {
-            return Ok(Pass::Wait(None));
-        }
         // The watch may lag behind, and what was true may no longer be when a sweep's turn comes: act on the object as
         // it is now.
-        let object = match resolve::object(&context.server, &namespace, &name).await? {
-            Some(DeserializeGuard(Ok(object))) if object.uid().as_deref() == Some(uid) => object,
+        let object = match unless(term, resolve::object(&context.server, &namespace, &name)).await.transpose()? {
+            None => return Ok(Pass::Wait(None)),
+            Some(Some(DeserializeGuard(Ok(object)))) if object.uid().as_deref() == Some(uid) => object,
             // Gone, replaced or unreadable: the watch will tell.
-            _ => return Ok(Pass::Wait(None)),
+            Some(_) => return Ok(Pass::Wait(None)),
         };
         let subject = Subject::new(&object);
         let update = match judge(&object, &subject) {
@@ -154,27 +158,40 @@ async fn pass(
                 Update::Repaired { now: Utc::now() }
             }
             Decision::Preflight => {
-                let result = contained(preflight(&object, &subject, context)).await.and_then(|result| result);
-                Update::Preflight { result, now: Utc::now() }
+                // Never both: who holds one kind and waits for the other may wait for ever.
+                permit = None;
+                let Some(prepared) = unless(term, prepare(&object, &subject, context)).await else {
+                    return Ok(Pass::Wait(None));
+                };
+                if let Ok((_, target, _)) = &prepared {
+                    match context.checks.take(&target.servers(), &mut check_permit, term).await {
+                        ServerTurn::Come => {}
+                        ServerTurn::ComeLate => continue,
+                        ServerTurn::Over => return Ok(Pass::Wait(None)),
+                    }
+                }
+                let checking = async {
+                    let (plan, target, secrets) = prepared?;
+                    check(&plan, &target, &subject, secrets, context).await
+                };
+                // Nobody waits for the answer any more.
+                let Some(result) = unless(term, contained(checking)).await else { return Ok(Pass::Wait(None)) };
+                Update::Preflight { result: result.and_then(|result| result), now: Utc::now() }
             }
             Decision::Sweep(slot) => {
-                let target = resolve::target(&context.server, &namespace, &object, &context.settings.default_roots);
-                let (job, secrets) = match target.await {
-                    Ok((target, secrets)) => (job(&object, &subject, &slot, target), secrets),
+                check_permit = None;
+                let Some(prepared) = unless(term, prepare(&object, &subject, context)).await else {
+                    return Ok(Pass::Wait(None));
+                };
+                let (job, secrets) = match prepared {
+                    Ok((plan, target, secrets)) => (Ok(job(&object, &slot, plan, target)), secrets),
                     Err(failure) => (Err(failure), vec![]),
                 };
-                let server = job.as_ref().map(|job| job.target.servers()).unwrap_or_default();
-                if job.is_ok() && !permit.as_ref().is_some_and(|permit| permit.is_for(&server)) {
-                    // Give back first: who holds one and waits for another may wait for ever.
-                    drop(permit.take());
-                    let granted = tokio::select! {
-                        granted = context.turns.on_server(&server) => granted,
-                        () = term.cancelled() => None,
-                    };
-                    let Some(granted) = granted else { return Ok(Pass::Wait(None)) };
-                    permit = Some(granted.permit);
-                    if granted.waited {
-                        continue;
+                if let Ok(job) = &job {
+                    match context.turns.take(&job.target.servers(), &mut permit, term).await {
+                        ServerTurn::Come => {}
+                        ServerTurn::ComeLate => continue,
+                        ServerTurn::Over => return Ok(Pass::Wait(None)),
                     }
                 }
                 let (start, checked) = (Utc::now(), None);
@@ -185,41 +202,24 @@ async fn pass(
                 }
             }
         };
-        drop(permit);
-        let written = publish_update(context, &object, Arc::new((subject, update))).await?;
+        drop((permit, check_permit));
+        let pending = Arc::new(Pending { base: object.clone(), subject, update });
+        let written = publish_update(context, &object, pending).await?;
         return Ok(written.map_or(Pass::Wait(None), |written| Pass::Again(Box::new(written))));
     }
 }
 
-/// Publishes an update; if the API does not take it, it is remembered and published later.
-async fn publish_update(
-    context: &Context,
+/// What a sweep or a preflight of the object needs: with the resourceVersions of the Secrets that it was made of.
+async fn prepare(
     object: &AuditLogSweeper,
-    pending: Arc<(Subject, Update)>,
-) -> Result<Option<AuditLogSweeper>, ApiError> {
-    let (subject, update) = &*pending;
-    context.memories.change(&subject.uid, |memory| memory.pending = Some(pending.clone()));
-    let published = publish::publish(&context.server, object, subject, update, Utc::now()).await?;
-    let (written, notices) = published.map_or((None, vec![]), |published| (Some(published.object), published.notices));
-    context.memories.change(&subject.uid, |memory| {
-        memory.pending = None;
-        // What was written is what holds: a retry may come sooner than the slot.
-        if let Some(status) = written.as_ref().and_then(|written| written.status.as_ref()) {
-            memory.next = status.next_schedule_time;
-        }
-    });
-    if let Some(written) = &written {
-        publish::tell(&context.server, &context.recorder, written, &notices).await;
-    }
-    Ok(written)
-}
-
-async fn preflight(object: &AuditLogSweeper, subject: &Subject, context: &Context) -> Result<Checked, Failure> {
+    subject: &Subject,
+    context: &Context,
+) -> Result<(Plan, Target, Vec<String>), Failure> {
     let namespace = object.namespace().unwrap_or_default();
     let target = resolve::target(&context.server, &namespace, object, &context.settings.default_roots);
     let (target, secrets) = target.await?;
     let plan = Plan::new(&subject.spec).map_err(|error| Failure::from(&error))?;
-    check(&plan, &target, subject, secrets, context).await
+    Ok((plan, target, secrets))
 }
 
 /// Looks at all that a sweep rests on, and remembers that it was looked at. A finding for which no sweep may begin is a
@@ -231,7 +231,8 @@ async fn check(
     secrets: Vec<String>,
     context: &Context,
 ) -> Result<Checked, Failure> {
-    let checked = sweep::preflight::check(plan, target).await.map_err(|error| Failure::from(&error))?;
+    let turn = context.checks.among_all();
+    let checked = sweep::preflight::check_in_turn(plan, target, turn).await.map_err(|error| Failure::from(&error))?;
     if let Some(finding) = checked.blocking() {
         return Err(Failure::from(finding));
     }
@@ -240,10 +241,9 @@ async fn check(
     Ok(checked)
 }
 
-/// What a sweep of the slot needs.
-fn job(object: &AuditLogSweeper, subject: &Subject, slot: &Slot, target: Target) -> Result<Job, Failure> {
-    let plan = Plan::new(&subject.spec).map_err(|error| Failure::from(&error))?;
-    Ok(Job { plan, target, limit: slot.limit, resume_after: resume_after(object) })
+/// A sweep of the slot.
+fn job(object: &AuditLogSweeper, slot: &Slot, plan: Plan, target: Target) -> Job {
+    Job { plan, target, limit: slot.limit, resume_after: resume_after(object) }
 }
 
 /// One attempt at the sweep of a slot.
@@ -295,7 +295,7 @@ impl Attempt<'_> {
             return Ok(None);
         };
         if granted.waited {
-            if !self.still_stands(context).await? {
+            if unless(term, self.still_stands(context)).await.transpose()? != Some(true) {
                 connected.close().await;
                 return Ok(None);
             }

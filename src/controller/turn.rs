@@ -1,4 +1,5 @@
-//! Whose turn it is to sweep: so many at once on one database server, and so many at once in all.
+//! Whose turn it is to sweep: so many at once on one database server, and so many at once in all. Preflights have turns
+//! of their own.
 //!
 //! First comes the server's permit, then the connection, and only then one of the permits for all: servers that do not
 //! answer, however many, hold none of those, and a slow one holds only its own share.
@@ -7,8 +8,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
 
-/// The permits of all sweeps.
+/// The permits of all sweeps, or of all preflights.
 #[derive(Debug)]
 pub struct Turns {
     all: Arc<Semaphore>,
@@ -17,12 +19,23 @@ pub struct Turns {
     servers: Mutex<HashMap<String, Arc<Semaphore>>>,
 }
 
-/// A permit to sweep on one server, and what server that is.
+/// A permit for one server, and what server that is.
 #[derive(Debug)]
 pub struct ServerPermit {
     server: String,
     /// Given back when dropped.
     _permit: OwnedSemaphorePermit,
+}
+
+/// A server's turn, for one who may have waited for another's before.
+#[derive(Debug)]
+pub enum ServerTurn {
+    /// It is there.
+    Come,
+    /// It is there, and what was true before may no longer be.
+    ComeLate,
+    /// It will not come.
+    Over,
 }
 
 /// A permit, and whether it had to be waited for: then what was true before may no longer be.
@@ -43,6 +56,22 @@ impl Turns {
         let semaphore = self.semaphore(server);
         let Granted { permit, waited } = acquire(semaphore).await?;
         Some(Granted { permit: ServerPermit { server: server.to_owned(), _permit: permit }, waited })
+    }
+
+    /// Waits until `permit` is one of the server's. Gives another back first: who holds one and waits for another may
+    /// wait for ever.
+    pub async fn take(&self, server: &str, permit: &mut Option<ServerPermit>, stop: &CancellationToken) -> ServerTurn {
+        if permit.as_ref().is_some_and(|permit| permit.is_for(server)) {
+            return ServerTurn::Come;
+        }
+        drop(permit.take());
+        let granted = tokio::select! {
+            granted = self.on_server(server) => granted,
+            () = stop.cancelled() => None,
+        };
+        let Some(granted) = granted else { return ServerTurn::Over };
+        *permit = Some(granted.permit);
+        if granted.waited { ServerTurn::ComeLate } else { ServerTurn::Come }
     }
 
     /// Waits for one of the permits for all, in the order of arrival.
@@ -97,6 +126,24 @@ mod tests {
         assert!(!turns.on_server("b").await.unwrap().waited);
         drop(first);
         assert!(third.await.unwrap().waited);
+    }
+
+    #[tokio::test]
+    async fn a_permit_is_given_back_before_another_is_waited_for_and_a_stop_ends_the_wait() {
+        let (turns, stop) = (Turns::new(1, 1), CancellationToken::new());
+        let mut permit = None;
+        assert!(matches!(turns.take("a", &mut permit, &stop).await, ServerTurn::Come));
+        assert!(matches!(turns.take("a", &mut permit, &stop).await, ServerTurn::Come));
+        let other = turns.on_server("b").await.unwrap();
+        let waiting = turns.take("b", &mut permit, &stop);
+        tokio::pin!(waiting);
+        assert!(timeout(Duration::from_millis(10), &mut waiting).await.is_err());
+        assert!(!turns.on_server("a").await.unwrap().waited);
+        drop(other);
+        assert!(matches!(waiting.await, ServerTurn::ComeLate));
+        let (mut none, stopped) = (None, CancellationToken::new());
+        stopped.cancel();
+        assert!(matches!(turns.take("b", &mut none, &stopped).await, ServerTurn::Over) && none.is_none());
     }
 
     #[tokio::test]

@@ -23,3 +23,4 @@ mod requests;
 mod samples;
 mod scope;
 mod specs;
+mod stopping;

@@ -30,7 +30,16 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// # Errors
 /// When the database cannot be reached or stops answering: what is wrong with the table is no error but a finding.
 pub async fn check(plan: &Plan, target: &Target) -> Result<Checked, Error> {
+    check_in_turn(plan, target, std::future::ready(())).await
+}
+
+/// The same, but once connected it waits for its turn, and keeps what that gives to the end.
+///
+/// # Errors
+/// As [`check`].
+pub async fn check_in_turn<T>(plan: &Plan, target: &Target, turn: impl Future<Output = T>) -> Result<Checked, Error> {
     let session = target.connect(plan.deadline).await?;
+    let _turn = turn.await;
     let checked = look(&session, plan).await;
     if checked.is_err() {
         session.rollback().await;

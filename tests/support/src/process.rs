@@ -33,8 +33,10 @@ guard=$!
 echo $program
 exec >/dev/null 2>&1
 wait $program
+status=$?
 kill $guard
 rm -f "$marker"
+exit $status
 "#;
 
 /// Whom a program runs as.
@@ -159,6 +161,11 @@ impl Process {
     /// The watchdog ends when the program has ended.
     pub fn is_running(&mut self) -> bool {
         matches!(self.watchdog.try_wait(), Ok(None))
+    }
+
+    /// What it ended with, as a shell says it; None: it runs.
+    pub fn exit_code(&mut self) -> Option<i32> {
+        self.watchdog.try_wait().ok().flatten().and_then(|status| status.code())
     }
 
     /// For whoever waits until the program is ready: its end is an error, with what it said last.
