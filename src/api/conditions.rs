@@ -98,7 +98,7 @@ reasons! {
     NotObserved,
     /// The last attempt failed and is tried again.
     Retrying,
-    /// The object cannot be read as an AuditLogSweeper.
+    /// The object cannot be read as an AuditLogSweeper, or breaks the rules of the CRD.
     InvalidSpec,
     /// The Secret that the spec names does not exist.
     SecretNotFound,

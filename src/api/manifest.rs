@@ -1,10 +1,10 @@
 //! Reads a file as `kubectl apply` would: the CLI's way to an AuditLogSweeper, with the API server's verdicts and
-//! defaults. The rules come from the CRD's own schema, so there is one set of them.
+//! defaults.
 
 use k8s_openapi::api::core::v1::Secret;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use super::{AuditLogSweeper, crd};
+use super::{AuditLogSweeper, rules};
 
 /// What a file held.
 #[derive(Debug)]
@@ -65,21 +65,12 @@ fn secret(document: &Value) -> Result<Secret, ManifestError> {
 
 /// The object with its defaults, or every error that the API server would name.
 fn validate(object: &Value) -> Result<AuditLogSweeper, ManifestError> {
-    let schema = schema();
     let mut object = object.clone();
     let mut errors = Vec::new();
     if object.pointer("/metadata/name").and_then(Value::as_str).is_none_or(str::is_empty) {
         errors.push("metadata.name: Required value: name is required".into());
     }
-    prune_nulls(&schema, &mut object);
-    let mut object = kube_cel::apply_defaults(&schema, &object);
-    check(&schema, &object, "", &mut errors);
-    // As the API server: a rule is no use on a value of the wrong type.
-    if errors.is_empty()
-        && let Err(broken) = kube_cel::Validator::new().validate(&schema, &object, None)
-    {
-        errors.extend(broken.into_vec().iter().map(ToString::to_string));
-    }
+    errors.extend(rules::judge(&mut object));
     if !errors.is_empty() {
         return Err(ManifestError::Invalid(errors));
     }
@@ -88,118 +79,4 @@ fn validate(object: &Value) -> Result<AuditLogSweeper, ManifestError> {
         object.remove("status");
     }
     serde_json::from_value(object).map_err(|error| ManifestError::Invalid(vec![error.to_string()]))
-}
-
-/// The schema of the whole object. The metadata is the API server's own matter.
-fn schema() -> Value {
-    let crd = crd::json().unwrap_or_default();
-    let mut schema = crd.pointer("/spec/versions/0/schema/openAPIV3Schema").cloned().unwrap_or_default();
-    if let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) {
-        let text = serde_json::json!({ "type": "string" });
-        properties.insert("apiVersion".into(), text.clone());
-        properties.insert("kind".into(), text);
-        properties.insert(
-            "metadata".into(),
-            serde_json::json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true }),
-        );
-    }
-    schema
-}
-
-/// A null counts as absent, so that its default applies.
-fn prune_nulls(schema: &Value, value: &mut Value) {
-    match value {
-        Value::Object(fields) => {
-            fields.retain(|name, field| {
-                let Some(child) = schema.get("properties").and_then(|p| p.get(name)) else { return true };
-                prune_nulls(child, field);
-                !field.is_null()
-            });
-        }
-        Value::Array(items) => {
-            if let Some(child) = schema.get("items") {
-                items.iter_mut().for_each(|item| prune_nulls(child, item));
-            }
-        }
-        _ => {}
-    }
-}
-
-/// Checks what a structural schema can say; the CEL rules come after.
-fn check(schema: &Value, value: &Value, path: &str, errors: &mut Vec<String>) {
-    let number = |keyword: &str| schema.get(keyword).and_then(Value::as_f64);
-    let expected = schema.get("type").and_then(Value::as_str).unwrap_or_default();
-    let actual = type_of(value);
-    if !expected.is_empty() && expected != actual {
-        errors.push(format!("{path}: Invalid value: {actual:?}: must be of type {expected}"));
-        return;
-    }
-    let mut refuse = |why: String| errors.push(format!("{path}: Invalid value: {value}: {why}"));
-    match value {
-        Value::String(text) => {
-            let length = text.chars().count() as f64;
-            if number("maxLength").is_some_and(|max| length > max) {
-                refuse(format!("may not be more than {} characters", number("maxLength").unwrap_or_default()));
-            }
-            if number("minLength").is_some_and(|min| length < min) {
-                refuse(format!("should be at least {} characters long", number("minLength").unwrap_or_default()));
-            }
-            let allowed = schema.get("enum").and_then(Value::as_array);
-            if let Some(allowed) = allowed.filter(|allowed| !allowed.contains(value)) {
-                let names: Vec<_> = allowed.iter().map(ToString::to_string).collect();
-                refuse(format!("supported values: {}", names.join(", ")));
-            }
-        }
-        Value::Number(given) => {
-            let given = given.as_f64().unwrap_or_default();
-            if let Some(min) = number("minimum").filter(|min| given < *min) {
-                refuse(format!("should be greater than or equal to {min}"));
-            }
-            if let Some(max) = number("maximum").filter(|max| given > *max) {
-                refuse(format!("should be less than or equal to {max}"));
-            }
-        }
-        Value::Array(items) => {
-            if let Some(max) = number("maxItems").filter(|max| items.len() as f64 > *max) {
-                refuse(format!("must have at most {max} items"));
-            }
-            let none = Value::Null;
-            for (index, item) in items.iter().enumerate() {
-                check(schema.get("items").unwrap_or(&none), item, &format!("{path}[{index}]"), errors);
-            }
-        }
-        Value::Object(fields) => check_fields(schema, fields, path, errors),
-        Value::Null | Value::Bool(_) => {}
-    }
-}
-
-fn check_fields(schema: &Value, fields: &Map<String, Value>, path: &str, errors: &mut Vec<String>) {
-    if schema.get("x-kubernetes-preserve-unknown-fields").is_some() {
-        return;
-    }
-    let below = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
-    for name in schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
-        if !fields.contains_key(name) {
-            errors.push(format!("{}: Required value", below(name)));
-        }
-    }
-    for (name, field) in fields {
-        match schema.get("properties").and_then(|p| p.get(name)) {
-            Some(child) => check(child, field, &below(name), errors),
-            None => errors.push(format!("unknown field {:?}", below(name))),
-        }
-    }
-}
-
-/// The JSON type, with whole numbers as integers.
-fn type_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "boolean",
-        Value::Number(number) if number.as_f64().is_some_and(|n| n.fract() == 0.0) => "integer",
-        Value::Number(_) => "number",
-        Value::String(_) => "string",
-        Value::Array(_) => "array",
-        Value::Object(_) => "object",
-    }
 }

@@ -5,6 +5,7 @@ pub mod conditions;
 pub mod crd;
 pub mod duration;
 pub mod manifest;
+pub mod rules;
 pub mod spec;
 pub mod status;
 

@@ -132,7 +132,7 @@ pub enum Trigger {
 }
 
 /// How a sweep ended. Drained: no stale row was left. LimitReached: the limit was. DeadlineReached: the deadline was.
-/// Stopped: the operator was. Failed: lastError says why; it is retried. Observed: rows were only counted.
+/// Stopped: the operator was, or the object left it. Failed: lastError says why; it is retried. Observed: rows were only counted.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Outcome {
     Drained,

@@ -11,6 +11,9 @@ use crate::api::spec::Mode;
 /// At most this many stale rows are counted for the backlog, and one more to tell "more than".
 const MAX_BACKLOG: i64 = 10_000;
 
+/// No row is taken for stale sooner.
+const LEAST_TIMEOUT: Duration = Duration::from_mins(1);
+
 /// What to sweep, quoted, and how far to go. Made only of a spec; needs no database.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -68,8 +71,10 @@ impl Plan {
     /// The plan of a spec.
     ///
     /// # Errors
-    /// When an item of `complete` says neither what value to set nor to set NULL: a NULL is never guessed.
+    /// When an item of `complete` says neither what value to set nor to set NULL: a NULL is never guessed. And when a
+    /// number is one with which requests that run would be swept, or nothing at all.
     pub fn new(spec: &AuditLogSweeperSpec) -> Result<Self, Error> {
+        bounded(spec)?;
         let mut assignments = String::new();
         for set in &spec.complete {
             let value = match (&set.value, set.set_null) {
@@ -106,6 +111,23 @@ impl Plan {
     pub fn backlog_bound(&self) -> i64 {
         self.limit.min(MAX_BACKLOG)
     }
+}
+
+/// The bounds that rows are safe by, whoever judged the spec before.
+fn bounded(spec: &AuditLogSweeperSpec) -> Result<(), Error> {
+    for (within, why) in [
+        (spec.timeout.as_std() >= LEAST_TIMEOUT, "spec.timeout is shorter than 1m: requests that run would be swept"),
+        (!spec.period.as_std().is_zero(), "spec.period is zero"),
+        (spec.limit >= 1, "spec.limit is less than 1"),
+        (spec.batch_size >= 1, "spec.batchSize is less than 1"),
+        (!spec.statement_timeout.as_std().is_zero(), "spec.statementTimeout is zero"),
+        (!spec.deadline.as_std().is_zero(), "spec.deadline is zero"),
+    ] {
+        if !within {
+            return Err(Error::Spec(why));
+        }
+    }
+    Ok(())
 }
 
 /// A string literal. The driver's function puts a blank before the `E` of a literal with backslashes.
@@ -147,6 +169,29 @@ mod tests {
     fn a_null_is_never_guessed() {
         let spec = json!({ "database": { "secretRef": { "name": "db" } }, "complete": [{ "column": "kind" }] });
         Plan::new(&serde_json::from_value(spec).unwrap()).unwrap_err();
+    }
+
+    #[test]
+    fn numbers_that_would_do_harm_are_refused_whoever_let_them_in() {
+        let new = |field: &str, value: serde_json::Value| {
+            let spec = json!({ "database": { "secretRef": { "name": "db" } }, field: value });
+            Plan::new(&serde_json::from_value(spec).unwrap())
+        };
+        for (field, harmful, least) in [
+            ("timeout", json!("59s999ms"), json!("1m")),
+            ("timeout", json!("0s"), json!("60s")),
+            ("period", json!("0s"), json!("5s")),
+            ("limit", json!(0), json!(1)),
+            ("limit", json!(-5), json!(1)),
+            ("batchSize", json!(0), json!(1)),
+            ("statementTimeout", json!("0s"), json!("100ms")),
+            ("deadline", json!("0h"), json!("1s")),
+        ] {
+            let error = new(field, harmful).unwrap_err();
+            assert_eq!(error.reason(), crate::api::Reason::InvalidSpec);
+            assert!(error.to_string().starts_with(&format!("spec.{field} is ")), "{error}");
+            new(field, least).unwrap();
+        }
     }
 
     #[test]

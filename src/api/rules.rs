@@ -1,0 +1,192 @@
+//! Judges an AuditLogSweeper by the CRD's own schema and rules, as the API server does: a file before it is used, and
+//! an object that an older or looser CRD let in.
+
+use std::sync::LazyLock;
+
+use kube_cel::CompiledSchema;
+use serde_json::{Map, Value, json};
+
+use super::{AuditLogSweeperSpec, crd};
+
+/// Compiled once.
+static RULES: LazyLock<Rules> = LazyLock::new(|| {
+    let schema = schema();
+    let compiled = kube_cel::compile_schema(&schema);
+    Rules { schema, compiled }
+});
+
+struct Rules {
+    /// Of the whole object.
+    schema: Value,
+    /// The CEL rules in it.
+    compiled: CompiledSchema,
+}
+
+/// Lays the defaults over an object, nulls counting as absent, and says everything that the API server would refuse.
+pub fn judge(object: &mut Value) -> Vec<String> {
+    let Rules { schema, compiled } = &*RULES;
+    prune_nulls(schema, object);
+    *object = kube_cel::apply_defaults(schema, object);
+    let mut errors = vec![];
+    check(schema, object, "", &mut errors);
+    // As the API server: a rule is no use on a value of the wrong type.
+    if errors.is_empty()
+        && let Err(broken) = kube_cel::validate_compiled(compiled, object, None)
+    {
+        errors.extend(broken.into_vec().iter().map(ToString::to_string));
+    }
+    errors
+}
+
+/// Everything that the API server would refuse of a spec; nothing if it is well.
+pub fn judge_spec(spec: &AuditLogSweeperSpec) -> Vec<String> {
+    judge(&mut json!({ "spec": spec }))
+}
+
+/// The schema of the whole object. The metadata is the API server's own matter.
+fn schema() -> Value {
+    let crd = crd::json().unwrap_or_default();
+    let mut schema = crd.pointer("/spec/versions/0/schema/openAPIV3Schema").cloned().unwrap_or_default();
+    if let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+        let text = json!({ "type": "string" });
+        properties.insert("apiVersion".into(), text.clone());
+        properties.insert("kind".into(), text);
+        properties.insert("metadata".into(), json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true }));
+    }
+    schema
+}
+
+/// A null counts as absent, so that its default applies.
+fn prune_nulls(schema: &Value, value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|name, field| {
+                let Some(child) = schema.get("properties").and_then(|p| p.get(name)) else { return true };
+                prune_nulls(child, field);
+                !field.is_null()
+            });
+        }
+        Value::Array(items) => {
+            if let Some(child) = schema.get("items") {
+                items.iter_mut().for_each(|item| prune_nulls(child, item));
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Checks what a structural schema can say; the CEL rules come after.
+fn check(schema: &Value, value: &Value, path: &str, errors: &mut Vec<String>) {
+    let number = |keyword: &str| schema.get(keyword).and_then(Value::as_f64);
+    let expected = schema.get("type").and_then(Value::as_str).unwrap_or_default();
+    let actual = type_of(value);
+    if !expected.is_empty() && expected != actual {
+        errors.push(format!("{path}: Invalid value: {actual:?}: must be of type {expected}"));
+        return;
+    }
+    let mut refuse = |why: String| errors.push(format!("{path}: Invalid value: {value}: {why}"));
+    match value {
+        Value::String(text) => {
+            let length = text.chars().count() as f64;
+            if number("maxLength").is_some_and(|max| length > max) {
+                refuse(format!("may not be more than {} characters", number("maxLength").unwrap_or_default()));
+            }
+            if number("minLength").is_some_and(|min| length < min) {
+                refuse(format!("should be at least {} characters long", number("minLength").unwrap_or_default()));
+            }
+            let allowed = schema.get("enum").and_then(Value::as_array);
+            if let Some(allowed) = allowed.filter(|allowed| !allowed.contains(value)) {
+                let names: Vec<_> = allowed.iter().map(ToString::to_string).collect();
+                refuse(format!("supported values: {}", names.join(", ")));
+            }
+        }
+        Value::Number(given) => {
+            let given = given.as_f64().unwrap_or_default();
+            if let Some(min) = number("minimum").filter(|min| given < *min) {
+                refuse(format!("should be greater than or equal to {min}"));
+            }
+            if let Some(max) = number("maximum").filter(|max| given > *max) {
+                refuse(format!("should be less than or equal to {max}"));
+            }
+        }
+        Value::Array(items) => {
+            if let Some(max) = number("maxItems").filter(|max| items.len() as f64 > *max) {
+                refuse(format!("must have at most {max} items"));
+            }
+            let none = Value::Null;
+            for (index, item) in items.iter().enumerate() {
+                check(schema.get("items").unwrap_or(&none), item, &format!("{path}[{index}]"), errors);
+            }
+        }
+        Value::Object(fields) => check_fields(schema, fields, path, errors),
+        Value::Null | Value::Bool(_) => {}
+    }
+}
+
+fn check_fields(schema: &Value, fields: &Map<String, Value>, path: &str, errors: &mut Vec<String>) {
+    if schema.get("x-kubernetes-preserve-unknown-fields").is_some() {
+        return;
+    }
+    let below = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+    for name in schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
+        if !fields.contains_key(name) {
+            errors.push(format!("{}: Required value", below(name)));
+        }
+    }
+    for (name, field) in fields {
+        match schema.get("properties").and_then(|p| p.get(name)) {
+            Some(child) => check(child, field, &below(name), errors),
+            None => errors.push(format!("unknown field {:?}", below(name))),
+        }
+    }
+}
+
+/// The JSON type, with whole numbers as integers.
+fn type_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(number) if number.as_f64().is_some_and(|n| n.fract() == 0.0) => "integer",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judged(rest: Value) -> Vec<String> {
+        let mut spec = json!({ "database": { "secretRef": { "name": "db" } } });
+        spec.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+        judge_spec(&serde_json::from_value(spec).unwrap())
+    }
+
+    #[test]
+    fn a_spec_that_was_read_is_judged_as_the_api_server_judges_a_file() {
+        for well in [
+            json!({}),
+            json!({ "period": "8760h", "timeout": "90m", "statementTimeout": "100ms", "deadline": "1000ms" }),
+            json!({ "complete": [{ "column": "a", "value": "" }, { "column": "b", "setNull": true }] }),
+            json!({ "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Require" } }, "suspend": true }),
+        ] {
+            assert_eq!(judged(well.clone()), [""; 0], "{well}");
+        }
+        for (broken, said) in [
+            (json!({ "timeout": "0s" }), "spec.timeout: must be a duration such as 4h or 1h30m, from 1m"),
+            (json!({ "timeout": "59s" }), "spec.timeout: must be a duration such as 4h or 1h30m, from 1m"),
+            (json!({ "period": "0s" }), "spec.period: must be a duration such as 4h or 1h30m, from 5s"),
+            (json!({ "limit": -5 }), "spec.limit: Invalid value: -5: should be greater than or equal to 1"),
+            (json!({ "historyLimit": 21 }), "spec.historyLimit: Invalid value: 21: should be less than or equal to 20"),
+            (json!({ "table": "" }), "spec.table: Invalid value: \"\": should be at least 1"),
+            (json!({ "complete": [{ "column": "a" }] }), "spec.complete[0]: must have exactly one of value"),
+            (json!({ "columns": { "id": "time_started" } }), "spec.columns: id, timeStarted and timeCompleted must be"),
+            (json!({ "statementTimeout": "1h" }), "spec.statementTimeout: statementTimeout must not be longer"),
+        ] {
+            let errors = judged(broken.clone());
+            assert!(errors.len() == 1 && errors[0].starts_with(said), "{broken}: {errors:?}");
+        }
+    }
+}
