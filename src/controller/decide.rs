@@ -49,6 +49,9 @@ pub fn decide(
     status: &AuditLogSweeperStatus,
     not_before: Option<DateTime<Utc>>,
 ) -> Decision {
+    if subject.deleted {
+        return Decision::Wait(None);
+    }
     let observed = status.observed_generation == Some(subject.generation);
     let request = subject.request.clone().filter(|request| status.last_handled_request.as_ref() != Some(request));
     if subject.spec.suspend {
@@ -173,7 +176,7 @@ mod tests {
         let mut whole = json!({ "database": { "secretRef": { "name": "db" } } });
         whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
         let uid = "0f8fad5b-d9cb-469f-a165-70867728950e".into();
-        Subject { uid, generation, request: None, spec: serde_json::from_value(whole).unwrap() }
+        Subject { uid, generation, request: None, deleted: false, spec: serde_json::from_value(whole).unwrap() }
     }
 
     fn done(timed_out: i64) -> Result<Report, Failure> {
@@ -213,6 +216,20 @@ mod tests {
         let decision = decide(at(0), subject, &seen, None);
         assert!(matches!(&decision, Decision::Sweep(slot) if slot.trigger == Trigger::Create), "{decision:?}");
         act(decision, subject, &seen, at(0), 1, done(0))
+    }
+
+    #[test]
+    fn nothing_begins_for_an_object_that_is_being_deleted() {
+        let deleted = |spec| Subject { deleted: true, request: Some("now".into()), ..subject(1, spec) };
+        let due = AuditLogSweeperStatus {
+            observed_generation: Some(1),
+            next_schedule_time: Some(at(0)),
+            ..AuditLogSweeperStatus::default()
+        };
+        for status in [AuditLogSweeperStatus::default(), due] {
+            assert_eq!(decide(at(5), &deleted(json!({})), &status, None), Decision::Wait(None));
+            assert_eq!(decide(at(5), &deleted(json!({ "suspend": true })), &status, None), Decision::Wait(None));
+        }
     }
 
     #[test]

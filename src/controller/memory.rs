@@ -9,7 +9,7 @@ use kube::core::DeserializeGuard;
 use kube::runtime::reflector::Store;
 
 use super::stopping::Pending;
-use crate::api::AuditLogSweeper;
+use crate::api::{AuditLogSweeper, AuditLogSweeperSpec, rules};
 use crate::telemetry::metrics::Counts;
 
 /// What is remembered of one object.
@@ -21,6 +21,8 @@ pub struct Memory {
     pub pending: Option<Arc<Pending>>,
     /// What was looked at by the last whole preflight, and when.
     pub checked: Option<Seen>,
+    /// The last spec that was judged and found to break no rule.
+    pub valid: Option<Arc<AuditLogSweeperSpec>>,
     /// API requests that failed in a row, for the backoff.
     pub api_failures: u32,
     /// What was done for it since this process leads.
@@ -67,6 +69,19 @@ impl Memories {
         change(self.lock().entry(uid.to_owned()).or_default())
     }
 
+    /// Every rule of the CRD that a spec breaks. A spec that breaks none is judged once: that takes longer than all else
+    /// of a reconcile. Told by the spec and not by its generation: a default of the CRD changes the one without the other.
+    pub fn broken_rules(&self, uid: &str, spec: &AuditLogSweeperSpec) -> Vec<String> {
+        if self.lock().get(uid).is_some_and(|memory| memory.valid.as_deref() == Some(spec)) {
+            return vec![];
+        }
+        let broken = rules::judge_spec(spec);
+        if broken.is_empty() {
+            self.change(uid, |memory| memory.valid = Some(Arc::new(spec.clone())));
+        }
+        broken
+    }
+
     /// Forgets when sweeps are due: another replica may have led meanwhile, and only the statuses know what it did.
     /// Counts begin anew, since series that come back with an old count would look like new rows. An outcome that waits
     /// to be published stays, and is published before anything else.
@@ -110,6 +125,20 @@ mod tests {
         memories.begin_term();
         let memory = memories.get("uid");
         assert_eq!((memory.next, memory.counts, memory.api_failures), (None, Counts::default(), 2));
+    }
+
+    #[test]
+    fn a_spec_that_was_found_well_is_no_word_for_another() {
+        let spec = |timeout| -> AuditLogSweeperSpec {
+            let spec = serde_json::json!({ "database": { "secretRef": { "name": "db" } }, "timeout": timeout });
+            serde_json::from_value(spec).unwrap()
+        };
+        let memories = Memories::default();
+        for _ in 0..2 {
+            assert_eq!(memories.broken_rules("1", &spec("1h")), [""; 0]);
+            assert_eq!(memories.broken_rules("1", &spec("0s")).len(), 1);
+            assert_eq!(memories.broken_rules("2", &spec("0s")).len(), 1);
+        }
     }
 
     #[test]

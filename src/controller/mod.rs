@@ -2,13 +2,16 @@
 //!
 //! `resolve` (fetches the object and its Secrets) -> `decide` (pure: what is due) -> the sweep or a preflight ->
 //! `outcome` (pure: the status that follows, with `attempt` and `verdicts`; the events are `notice`'s) -> `publish`
-//! (writes it). What must outlive a reconcile but not the
-//! process is in `memory`, and `stopping` publishes at its end what could not be published before. Of several replicas the one that holds the `lease` works; the others keep their `watch` warm,
+//! (writes it). A `guard` ends what is done for an object that is deleted, or no longer this install's. What must outlive
+//! a reconcile but not the process is in `memory`, and `stopping` publishes at its end what could not be published
+//! before. Of several replicas the one that holds the `lease` works; the others keep their `watch` warm,
 //! so that a takeover costs no list of all objects, and a replica that could not take over is not ready.
 
 mod attempt;
 pub mod decide;
+mod guard;
 pub mod lease;
+mod log;
 pub mod memory;
 pub mod notice;
 pub mod outcome;
@@ -100,6 +103,8 @@ pub struct Context {
     checks: Turns,
     recorder: Recorder,
     leadership: Leadership,
+    /// What the watches have seen.
+    stores: Arc<guard::Stores>,
     /// What is being reconciled right now.
     running: TaskTracker,
     /// Events that are being sent.
@@ -115,11 +120,11 @@ impl std::fmt::Debug for Context {
 
 impl Context {
     /// What the metrics show right now: of each object what its status says, as the watch last saw it.
-    fn snapshot(&self, stores: &[Store<DeserializeGuard<AuditLogSweeper>>]) -> Snapshot {
+    fn snapshot(&self) -> Snapshot {
         let leader = self.leadership.term().is_some();
-        let objects = stores.iter().map(Store::len).sum();
+        let objects = self.stores.iter().map(Store::len).sum();
         let sweeps_in_flight = self.turns.taken();
-        let shown = if leader && self.settings.object_metrics { stores } else { &[] };
+        let shown = if leader && self.settings.object_metrics { &*self.stores } else { &[] };
         let series = shown.iter().flat_map(Store::state).map(|object| self.series(&object)).collect();
         Snapshot { sweeps_in_flight, objects, leader, series }
     }
@@ -153,6 +158,7 @@ pub async fn run(
     let client = clients.requests;
     let recorder = Recorder::new(client.clone(), reporter);
     let server = ApiServer { client, instruments: metrics.instruments.clone(), readiness: readiness.clone() };
+    let stores: Arc<guard::Stores> = scopes.iter().map(Scope::store).collect();
     let context = Arc::new(Context {
         server,
         settings,
@@ -161,17 +167,17 @@ pub async fn run(
         checks,
         recorder,
         leadership,
+        stores,
         running,
         events,
         stop: stop.clone(),
     });
-    let stores: Arc<[Store<DeserializeGuard<AuditLogSweeper>>]> = scopes.iter().map(Scope::store).collect();
     metrics.show({
-        let (context, stores) = (context.clone(), stores.clone());
-        move || context.snapshot(&stores)
+        let context = context.clone();
+        move || context.snapshot()
     });
     let mut watched: FuturesUnordered<_> =
-        scopes.into_iter().map(|scope| scope.run(&context, &stores, &readiness, &stop)).collect();
+        scopes.into_iter().map(|scope| scope.run(&context, &readiness, &stop)).collect();
     readiness.started();
     let ended = async {
         while watched.next().await.is_some() {

@@ -21,6 +21,8 @@ pub struct Subject {
     pub spec: AuditLogSweeperSpec,
     /// The value of the annotation that asks for a sweep now, as far as it is looked at.
     pub request: Option<String>,
+    /// Whether it is being deleted, and only some finalizer keeps it.
+    pub deleted: bool,
 }
 
 /// Each new value of this annotation asks for one sweep now.
@@ -37,6 +39,7 @@ impl Subject {
             generation: object.metadata.generation.unwrap_or_default(),
             spec: object.spec.clone(),
             request: object.annotations().get(REQUESTED_AT).map(|value| cut(value, MAX_REQUEST).to_owned()),
+            deleted: object.metadata.deletion_timestamp.is_some(),
         }
     }
 
@@ -176,11 +179,11 @@ impl Update {
     }
 }
 
-/// The status of an object that cannot be read as an AuditLogSweeper.
+/// The status of an object that is not, or does not say what, a sweep can be made of.
 pub fn invalid(old: &AuditLogSweeperStatus, generation: i64, error: &str, now: DateTime<Utc>) -> AuditLogSweeperStatus {
     let message = format!(
-        "the object cannot be read as an AuditLogSweeper: {error}. Mend the spec, or upgrade the operator if it is \
-         older than the CustomResourceDefinition"
+        "the object is no valid AuditLogSweeper: {error}. Mend the spec, or upgrade the operator if it is older than \
+         the CustomResourceDefinition"
     );
     let reason = Reason::InvalidSpec;
     let verdicts = verdicts::invalid(&message);

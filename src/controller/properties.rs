@@ -15,7 +15,7 @@ use crate::sweep::{Class, Report};
 fn subject(uid: u64, period: i64) -> Subject {
     let spec = json!({ "database": { "secretRef": { "name": "db" } }, "period": format!("{period}s"), "limit": 10 });
     let spec = serde_json::from_value(spec).unwrap();
-    Subject { uid: format!("0f8fad5b-d9cb-469f-a165-{uid:012x}"), generation: 1, spec, request: None }
+    Subject { uid: format!("0f8fad5b-d9cb-469f-a165-{uid:012x}"), generation: 1, spec, request: None, deleted: false }
 }
 
 fn quiet() -> Result<Report, Failure> {

@@ -5,7 +5,6 @@ use std::fmt::Debug;
 use chrono::{DateTime, Utc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
-use kube::core::error_boundary::InvalidObject;
 use kube::core::{DeserializeGuard, NamespaceResourceScope};
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Api, Resource, ResourceExt};
@@ -127,12 +126,16 @@ fn same(old: &AuditLogSweeperStatus, new: &AuditLogSweeperStatus) -> bool {
     old == *new
 }
 
-/// Says of an object that cannot be read what is wrong with it.
+/// Says of an object that cannot be read, or breaks the rules, what is wrong with it.
 ///
 /// # Errors
 /// When the API did not take it.
-pub async fn publish_invalid(server: &ApiServer, invalid: &InvalidObject, now: DateTime<Utc>) -> Result<(), ApiError> {
-    let meta = &invalid.metadata;
+pub async fn publish_invalid(
+    server: &ApiServer,
+    meta: &ObjectMeta,
+    error: &str,
+    now: DateTime<Utc>,
+) -> Result<(), ApiError> {
     let namespace = meta.namespace.as_deref().unwrap_or_default();
     let kind = ApiResource::erase::<AuditLogSweeper>(&());
     let api: Api<DynamicObject> = Api::namespaced_with(server.client.clone(), namespace, &kind);
@@ -140,8 +143,12 @@ pub async fn publish_invalid(server: &ApiServer, invalid: &InvalidObject, now: D
     let Some(object) = server.essential(Operation::GetObject, namespace, get).await? else { return Ok(()) };
     let old = object.data.get("status").cloned().unwrap_or_default();
     let old: AuditLogSweeperStatus = serde_json::from_value(old).unwrap_or_default();
+    // It is about another spec, or another object: the watch will tell.
+    if (&object.metadata.uid, object.metadata.generation) != (&meta.uid, meta.generation) {
+        return Ok(());
+    }
     let generation = object.metadata.generation.unwrap_or_default();
-    let new = outcome::invalid(&old, generation, &invalid.error, now);
+    let new = outcome::invalid(&old, generation, error, now);
     if same(&old, &new) {
         return Ok(());
     }

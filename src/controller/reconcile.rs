@@ -7,26 +7,29 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use futures::FutureExt;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::core::DeserializeGuard;
 use kube::runtime::controller::Action;
 use kube::{Resource, ResourceExt};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{info, warn};
 
 use super::decide::{Decision, Slot, decide};
+use super::guard::{self, contained};
+use super::log::log;
 use super::memory::Seen;
 use super::outcome::{Failure, Subject, Update};
 use super::resolve::ApiError;
 use super::stopping::{Pending, publish_update, unless};
 use super::turn::{ServerPermit, ServerTurn};
 use super::{Context, publish, resolve};
+use crate::api::AuditLogSweeper;
 use crate::api::conditions::{self, ConditionType};
 use crate::api::status::{Outcome, Trigger};
-use crate::api::{AuditLogSweeper, Reason};
 use crate::sweep::preflight::Checked;
 use crate::sweep::statement::Cursor;
-use crate::sweep::{self, Class, Job, Plan, Report, Target};
+use crate::sweep::{self, Job, Plan, Report, Target};
 
 /// However far away the next slot is, look at the clock this often: a machine may sleep, a clock may jump. It costs
 /// no request.
@@ -94,14 +97,8 @@ async fn drive(
         (Ok(object), _) => object.clone(),
         (Err(_), None) => return Ok(None),
         (Err(invalid), Some(term)) => {
-            warn!(
-                namespace = invalid.metadata.namespace,
-                name = invalid.metadata.name,
-                error = invalid.error,
-                "invalid object"
-            );
-            let published = unless(&term, publish::publish_invalid(&context.server, invalid, Utc::now())).await;
-            return published.transpose().map(|_| None);
+            let said = unless(&term, say_invalid(context, &invalid.metadata, &invalid.error)).await;
+            return said.transpose().map(|_| None);
         }
     };
     // Also without the lead: it is about what this replica did while it had it, and lays itself beneath later attempts.
@@ -113,12 +110,23 @@ async fn drive(
     }
     // Whoever begins to lead looks at every object again.
     while let Some(term) = context.leadership.term() {
+        // What an older or looser CRD let in is not acted upon.
+        let broken = context.memories.broken_rules(uid, &object.spec);
+        if !broken.is_empty() {
+            let said = unless(&term, say_invalid(context, &object.metadata, &broken.join("; "))).await;
+            return said.transpose().map(|_| None);
+        }
         match pass(&object, uid, context, &term).await? {
             Pass::Again(written) => object = *written,
             Pass::Wait(next) => return Ok(next),
         }
     }
     Ok(None)
+}
+
+async fn say_invalid(context: &Context, meta: &ObjectMeta, error: &str) -> Result<(), ApiError> {
+    warn!(namespace = meta.namespace, name = meta.name, error, "invalid object");
+    publish::publish_invalid(&context.server, meta, error, Utc::now()).await
 }
 
 async fn pass(
@@ -139,11 +147,17 @@ async fn pass(
     loop {
         // The watch may lag behind, and what was true may no longer be when a sweep's turn comes: act on the object as
         // it is now.
-        let object = match unless(term, resolve::object(&context.server, &namespace, &name)).await.transpose()? {
-            None => return Ok(Pass::Wait(None)),
-            Some(Some(DeserializeGuard(Ok(object)))) if object.uid().as_deref() == Some(uid) => object,
-            // Gone, replaced or unreadable: the watch will tell.
-            Some(_) => return Ok(Pass::Wait(None)),
+        let selector = context.settings.selector.as_deref();
+        let selected = resolve::selected(&context.server, &namespace, &name, selector);
+        let object = match unless(term, selected).await.transpose()? {
+            Some(Some(DeserializeGuard(Ok(object))))
+                if object.uid().as_deref() == Some(uid)
+                    && context.memories.broken_rules(uid, &object.spec).is_empty() =>
+            {
+                object
+            }
+            // Stopped; or gone, replaced, invalid, or for others: the watch will tell.
+            _ => return Ok(Pass::Wait(None)),
         };
         let subject = Subject::new(&object);
         let update = match judge(&object, &subject) {
@@ -196,7 +210,9 @@ async fn pass(
                 }
                 let (start, checked) = (Utc::now(), None);
                 let attempt = Attempt { object: &object, subject: &subject, slot: &slot, job, secrets, start, checked };
-                match attempt.make(context, term).await? {
+                let stop = term.child_token();
+                let made = attempt.make(context, &stop);
+                match guard::while_it_stays(&context.stores, &object, &stop, made).await? {
                     Some(update) => update,
                     None => continue,
                 }
@@ -339,7 +355,8 @@ impl Attempt<'_> {
     /// Whether the object is still the one that the attempt is for.
     async fn still_stands(&self, context: &Context) -> Result<bool, ApiError> {
         let namespace = self.object.namespace().unwrap_or_default();
-        let now = resolve::object(&context.server, &namespace, &self.object.name_any()).await?;
+        let selector = context.settings.selector.as_deref();
+        let now = resolve::selected(&context.server, &namespace, &self.object.name_any(), selector).await?;
         Ok(now.is_some_and(|now| {
             let (now, then) = (now.meta(), &self.object.metadata);
             now.uid == then.uid && now.resource_version == then.resource_version
@@ -360,17 +377,6 @@ impl Attempt<'_> {
     }
 }
 
-/// Waits for a piece of work; a panic in it is a failure of this object, and of no other. What the panic says may be
-/// data.
-async fn contained<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
-    AssertUnwindSafe(work).catch_unwind().await.map_err(|_| Failure {
-        reason: Reason::InternalError,
-        message: "a bug in the operator ended this attempt; its log says where. Please report it".into(),
-        class: Class::Transient,
-        reachable: None,
-    })
-}
-
 /// Where the last sweep left off, if rows that the database refuses made it stop.
 fn resume_after(object: &AuditLogSweeper) -> Option<Cursor> {
     let status = object.status.as_ref()?;
@@ -378,53 +384,4 @@ fn resume_after(object: &AuditLogSweeper) -> Option<Cursor> {
     let at = status.unsweepable.as_ref().filter(|_| status.observed_generation == object.metadata.generation)?;
     let at = at.resume_after.as_ref()?;
     at.is_plausible().then(|| Cursor { time_started: at.time_started.clone(), id: at.id.clone() })
-}
-
-/// A healthy system has no stale rows, so rows timed out are a warning.
-fn log(object: &AuditLogSweeper, subject: &Subject, result: &Result<Report, Failure>) {
-    let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
-    match result {
-        Err(failure) => {
-            error!(namespace, name, reason = failure.reason.as_str(), error = failure.message, "sweep failed")
-        }
-        Ok(report) => {
-            let cutoff = report.cutoff.map(|cutoff| cutoff.to_rfc3339());
-            let (limit, timed_out, duration_ms) =
-                (subject.spec.limit, report.timed_out, report.duration_milliseconds());
-            if let Some(why) = &report.refused_why {
-                warn!(namespace, name, rows = report.refused, why, "the database refuses rows");
-            }
-            if let Some(error) = &report.error {
-                let reason = error.reason().as_str();
-                error!(
-                    namespace,
-                    name,
-                    cutoff,
-                    limit,
-                    timed_out,
-                    duration_ms,
-                    reason,
-                    error = error.to_string(),
-                    "sweep failed"
-                );
-            } else if timed_out > 0 {
-                warn!(namespace, name, cutoff, limit, timed_out, duration_ms, outcome = ?report.outcome(), "rows timed out: their requests never completed them, which may mean crashes upstream");
-            } else {
-                debug!(namespace, name, cutoff, limit, timed_out, duration_ms, "nothing to time out");
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_panic_is_a_failure_that_says_nothing_of_what_it_carried() {
-        let failure = contained::<()>(async { panic!("hunter2") }).await.unwrap_err();
-        assert_eq!((failure.reason, failure.class), (Reason::InternalError, Class::Transient));
-        assert!(!failure.message.contains("hunter2"));
-        assert_eq!(contained(async { 1 }).await.unwrap(), 1);
-    }
 }

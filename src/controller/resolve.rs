@@ -5,6 +5,7 @@ use std::error::Error;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Secret;
+use kube::api::ListParams;
 use kube::core::DeserializeGuard;
 use kube::{Api, Client, ResourceExt};
 use tokio::time::timeout;
@@ -155,6 +156,20 @@ pub async fn object(
         server.forget(namespace);
     }
     Ok(object)
+}
+
+/// The same, but None also if it is not one of those that the label selector names. The API server judges, in its own
+/// words for selectors.
+pub async fn selected(
+    server: &ApiServer,
+    namespace: &str,
+    name: &str,
+    selector: Option<&str>,
+) -> Result<Option<DeserializeGuard<AuditLogSweeper>>, ApiError> {
+    let Some(selector) = selector else { return object(server, namespace, name).await };
+    let api: Api<DeserializeGuard<AuditLogSweeper>> = Api::namespaced(server.client.clone(), namespace);
+    let one = ListParams::default().labels(selector).fields(&format!("metadata.name={name}"));
+    Ok(server.within(Operation::GetObject, api.list(&one)).await?.items.pop())
 }
 
 /// Where the object's database is, from the Secrets as they are now, and the resourceVersions of those.

@@ -157,11 +157,11 @@ pub(super) fn bounded_as_before(old: &[Condition]) -> Verdict {
     as_before(BacklogBounded, old)
 }
 
-/// The object cannot be read.
+/// The object cannot be read, or breaks the rules.
 pub(super) fn invalid(message: &str) -> Vec<Verdict> {
     let reason = Reason::InvalidSpec;
     let mut verdicts = vec![Verdict::new(Ready, false, reason, message), Verdict::new(Stalled, true, reason, message)];
     let unknown = [DatabaseReachable, SchemaReady, BacklogBounded, Suspended];
-    verdicts.extend(unknown.map(|type_| Verdict::new(type_, None, reason, "the object cannot be read")));
+    verdicts.extend(unknown.map(|type_| Verdict::new(type_, None, reason, "the object is not valid")));
     verdicts
 }

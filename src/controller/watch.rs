@@ -61,11 +61,10 @@ impl Scope {
     pub fn run(
         self,
         context: &Arc<Context>,
-        stores: &Arc<[Store<DeserializeGuard<AuditLogSweeper>>]>,
         readiness: &Readiness,
         stop: &CancellationToken,
     ) -> impl Future<Output = ()> + use<> {
-        let (context, stores, readiness, stop) = (context.clone(), stores.clone(), readiness.clone(), stop.clone());
+        let (context, readiness, stop) = (context.clone(), readiness.clone(), stop.clone());
         let (store, failed) = (self.store(), Arc::new(Notify::new()));
         let server = context.server.clone();
         let health = Health { part: self.name, objects: self.objects, selector: self.selector, readiness, server };
@@ -94,7 +93,7 @@ impl Scope {
                             failed.notify_one();
                         }
                     }
-                    context.memories.retain(&stores);
+                    context.memories.retain(&context.stores);
                     futures::future::ready(())
                 }
             });

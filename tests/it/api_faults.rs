@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use audit_log_sweeper::api::AuditLogSweeper;
+use chrono::Utc;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::Api;
 use kube::api::{DeleteParams, PostParams};
@@ -123,24 +124,26 @@ async fn killed_between_the_commit_and_the_status_it_sweeps_at_most_once_more() 
 
 #[tokio::test]
 async fn an_object_that_is_replaced_during_its_sweep_gets_no_word_of_the_old_one() {
-    let (log, operator) = (Log::slow(40).await, Operator::new().await);
+    let (log, operator) = (Log::slow(100).await, Operator::new().await);
     operator.secret_for(&log).await;
-    operator.apply("app", json!({ "batchSize": 1, "period": "1h", "limit": 30 })).await;
+    operator.apply("app", json!({ "batchSize": 1, "period": "1h", "limit": 80 })).await;
     log.until_swept(2).await;
     operator.api().delete("app", &DeleteParams::default()).await.unwrap();
+    let left = Utc::now();
     operator.apply("app", json!({ "batchSize": 1, "period": "2h", "limit": 7 })).await;
     let status = operator.until("app", "its own sweep", |s| s["lastSweep"] != Value::Null).await;
     let trail = log.trail().await;
     assert_one_swept_at_a_time(&trail);
-    assert_eq!(trail.iter().map(|(_, _, rows)| *rows).collect::<Vec<_>>(), [30, 7]);
-    assert_eq!(log.timed_out().await, (1..=37).collect::<Vec<_>>());
+    let old = log.swept_by_the_first(left).await;
+    assert_eq!(trail.iter().map(|(_, _, rows)| *rows).collect::<Vec<_>>(), [old, 7]);
+    assert_eq!(log.timed_out().await, (1..=old + 7).collect::<Vec<_>>());
     assert_eq!(status["totals"], json!({ "sweeps": 1, "failures": 0, "timedOut": 7 }), "{status:#}");
     assert_eq!((&status["lastSweep"]["trigger"], &status["lastSweep"]["limit"]), (&json!("Create"), &json!(7)));
 }
 
 #[tokio::test]
 async fn a_namespace_that_is_replaced_during_a_sweep_is_worked_in_again() {
-    let (log, home) = (Log::slow(40).await, Operator::absent().await);
+    let (log, home) = (Log::slow(100).await, Operator::absent().await);
     let client = home.client.clone();
     let name = namespace(&client).await;
     let config = home.kubeconfig(None).await;
@@ -150,7 +153,7 @@ async fn a_namespace_that_is_replaced_during_a_sweep_is_worked_in_again() {
     secret(&client, &name, &log).await;
     let objects: Api<AuditLogSweeper> = Api::namespaced(client.clone(), &name);
     objects
-        .create(&PostParams::default(), &object("app", json!({ "batchSize": 1, "limit": 30, "period": "1h" })))
+        .create(&PostParams::default(), &object("app", json!({ "batchSize": 1, "limit": 80, "period": "1h" })))
         .await
         .unwrap();
     log.until_swept(2).await;
@@ -158,6 +161,7 @@ async fn a_namespace_that_is_replaced_during_a_sweep_is_worked_in_again() {
     let kubectl = |args: &[&str]| output(home.plane.kubectl().args(args)).unwrap();
     kubectl(&["delete", "namespace", &name, "--wait=false"]);
     kubectl(&["delete", "als,secrets,roles,rolebindings", "--all", "-n", &name]);
+    let left = Utc::now();
     let file =
         json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name }, "spec": { "finalizers": [] } });
     let file = home.scratch.write("finalize.json", file.to_string(), None).unwrap();
@@ -180,6 +184,7 @@ async fn a_namespace_that_is_replaced_during_a_sweep_is_worked_in_again() {
     .await;
     assert_one_swept_at_a_time(&log.trail().await);
     assert_eq!(status["totals"], json!({ "sweeps": 1, "failures": 0, "timedOut": 7 }), "{status:#}");
-    assert_eq!(log.timed_out().await, (1..=37).collect::<Vec<_>>());
+    let old = log.swept_by_the_first(left).await;
+    assert_eq!(log.timed_out().await, (1..=old + 7).collect::<Vec<_>>());
     process.signal(Signal::SIGTERM).unwrap();
 }

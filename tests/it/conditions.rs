@@ -20,7 +20,7 @@ fn at(second: i64) -> DateTime<Utc> {
 
 fn subject() -> Subject {
     let spec = serde_json::from_value(json!({ "database": { "secretRef": { "name": "db" } } })).unwrap();
-    Subject { uid: "0f8fad5b-d9cb-469f-a165-70867728950e".into(), generation: 3, spec, request: None }
+    Subject { uid: "0f8fad5b-d9cb-469f-a165-70867728950e".into(), generation: 3, spec, request: None, deleted: false }
 }
 
 fn swept(ended: Ended, second: i64) -> Update {

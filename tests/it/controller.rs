@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use support::process::output;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, conditions, has, probe, replica};
-use crate::fixtures::{Log, Operator, Own};
+use crate::fixtures::operator::{PATIENCE, conditions, has, probe};
+use crate::fixtures::{Log, Operator};
 
 #[tokio::test]
 async fn an_applied_object_is_swept_and_kubectl_shows_it() {
@@ -360,48 +360,6 @@ async fn a_write_of_others_during_a_sweep_is_not_undone_and_does_not_lose_the_co
     assert!(has(&status, "Foreign=True/Other") && has(&status, "Ready=True/Swept"), "{status:#}");
     let conflicts = operator.requests().iter().filter(|r| *r == "patch auditlogsweepers/status app").count();
     assert_eq!(conflicts, 3, "seen, refused, written: {:?}", operator.requests());
-}
-
-#[tokio::test]
-async fn a_malformed_object_is_told_so_and_stops_no_other() {
-    // For its own CRD, which lets everything through, as one of another version might.
-    let Own { plane, namespace, scratch, config, .. } = Own::new().await;
-    let loose = json!([{ "op": "replace", "path": "/spec/versions/0/schema/openAPIV3Schema/properties/spec",
-        "value": { "type": "object", "x-kubernetes-preserve-unknown-fields": true } }]);
-    let crd = ["patch", "crd", "auditlogsweepers.auditlog.dev", "--type=json", "-p"];
-    output(plane.kubectl().args(crd).arg(loose.to_string())).unwrap();
-    let object = |name: &str, spec: &Value| json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": name, "namespace": namespace }, "spec": spec });
-    let apply = |name: &str, object: Value| {
-        let file = scratch.write(&format!("{name}.json"), object.to_string(), None).unwrap();
-        output(plane.kubectl().arg("apply").arg("-f").arg(file)).map_err(|error| error.to_string())
-    };
-    // The API server takes the looser schema up a moment later.
-    let malformed = json!({ "period": ["every", "day"], "timeout": "4d" });
-    eventually("a malformed object to be let in", PATIENCE, async || apply("bad", object("bad", &malformed))).await;
-    let _operator = replica("operator", &config, &scratch, &namespace, &[]);
-
-    let log = Log::new().await;
-    log.start(1, "2 h").await;
-    let secret = json!({ "apiVersion": "v1", "kind": "Secret", "metadata": { "name": "db", "namespace": namespace }, "stringData": { "uri": log.database.uri() } });
-    apply("secret", secret).unwrap();
-    let spec = json!({ "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Disable" } }, "timeout": "1h", "period": "1h",
-        "limit": 10, "batchSize": 10, "complete": [{ "column": "result_kind", "value": "timeout" }], "schema": "public", "table": "audit_log",
-        "columns": { "id": "id", "timeStarted": "time_started", "timeCompleted": "time_completed" }, "statementTimeout": "1s", "deadline": "1m" });
-    apply("good", object("good", &spec)).unwrap();
-    let shown = |name: &'static str, wanted: &'static str| {
-        let (plane, namespace) = (&plane, &namespace);
-        eventually(name, PATIENCE, async move || {
-            let get = ["get", "als", name, "-n", namespace, "-o", "jsonpath={.status}"];
-            let status = output(plane.kubectl().args(get)).map_err(|error| error.to_string())?;
-            let status: Value = serde_json::from_str(&status).map_err(|error| error.to_string())?;
-            if has(&status, wanted) { Ok(status) } else { Err(format!("{status:#}")) }
-        })
-    };
-    shown("good", "Ready=True/Swept").await;
-    assert_eq!(log.timed_out().await, [1]);
-    let status = shown("bad", "Ready=False/InvalidSpec").await;
-    assert!(has(&status, "Stalled=True/InvalidSpec"), "{status:#}");
-    assert!(status["lastError"]["message"].as_str().unwrap().contains("Mend the spec"), "{status:#}");
 }
 
 #[tokio::test]

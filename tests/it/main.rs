@@ -13,6 +13,8 @@ mod database;
 mod docs;
 mod fixtures;
 mod isolation;
+mod leaving;
+mod loose;
 mod metrics;
 mod outages;
 mod plugin;
