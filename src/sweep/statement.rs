@@ -1,6 +1,10 @@
 //! All SQL of the sweep is written here, and its answers are read here. Why each piece is as it is stands beside it.
 //! What the preflight asks the catalog is written in `preflight/catalog.rs`, the SQL for people in `preflight/mend.rs`.
 //!
+//! A function or an operator is named with its schema, or looked for in `pg_catalog` alone: whoever may create in a
+//! schema of the role's `search_path` could else have one of ours run, with the rights of the sweep. In a batch the path
+//! stays as it is, since the triggers of the table may rest on it.
+//!
 //! Everything goes as simple queries, several statements in one message: an error in it skips the rest, so nothing
 //! runs outside its transaction, and no prepared statement is left behind in a pooler.
 
@@ -19,6 +23,12 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Times in a form that neither DateStyle nor TimeZone changes.
 const ISO: &str = r#"'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"#;
+
+/// For a transaction in which nobody's code rests on the path.
+pub(super) const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog; ";
+
+/// Equality of the server's own, whatever an operator of that name elsewhere does.
+const EQUALS: &str = "OPERATOR(pg_catalog.=)";
 
 /// The place in the order of `(time_started, id)` up to which a sweep has looked, as texts of the database's own.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -75,8 +85,8 @@ fn settings(statement_timeout: Duration) -> String {
 /// Reads the cutoff: the database's clock, so that there is one clock, less the timeout.
 pub fn cutoff(plan: &Plan) -> String {
     format!(
-        "SELECT to_char((now - interval '{} milliseconds') AT TIME ZONE 'UTC', {ISO}), \
-           to_char(now AT TIME ZONE 'UTC', {ISO}) FROM clock_timestamp() AS now",
+        "SELECT pg_catalog.to_char((now OPERATOR(pg_catalog.-) interval '{} milliseconds') AT TIME ZONE 'UTC', {ISO}), \
+           pg_catalog.to_char(now AT TIME ZONE 'UTC', {ISO}) FROM pg_catalog.clock_timestamp() AS now",
         plan.timeout.as_millis()
     )
 }
@@ -87,13 +97,13 @@ fn stale(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>) -> String {
     let beyond = cursor.map_or_else(String::new, |cursor| {
         let time = literal(&cursor.time_started);
         match &cursor.id {
-            Some(key) => format!(" AND ({time_started}, {id}) > ({time}, {})", literal(key)),
-            None => format!(" AND {time_started} > {time}"),
+            Some(key) => format!(" AND ({time_started}, {id}) OPERATOR(pg_catalog.>) ({time}, {})", literal(key)),
+            None => format!(" AND {time_started} OPERATOR(pg_catalog.>) {time}"),
         }
     });
     format!(
         "SELECT {time_started}, {id} FROM {table} \
-         WHERE {time_completed} IS NULL AND {time_started} < {}{beyond} ORDER BY {time_started}, {id}",
+         WHERE {time_completed} IS NULL AND {time_started} OPERATOR(pg_catalog.<) {}{beyond} ORDER BY {time_started}, {id}",
         literal(cutoff)
     )
 }
@@ -113,12 +123,12 @@ fn update(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> Stri
     let stale = stale(plan, cutoff, cursor);
     format!(
         "WITH stale AS MATERIALIZED ({stale} LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED), \
-         done AS (UPDATE {table} AS t SET {time_completed} = (SELECT clock_timestamp()){assignments} \
-           FROM stale WHERE t.{time_started} = stale.{time_started} AND t.{id} = stale.{id} \
+         done AS (UPDATE {table} AS t SET {time_completed} = (SELECT pg_catalog.clock_timestamp()){assignments} \
+           FROM stale WHERE t.{time_started} {EQUALS} stale.{time_started} AND t.{id} {EQUALS} stale.{id} \
            AND (t.{time_completed} IS NULL) IS TRUE \
            RETURNING t.{time_started}, t.{id}, t.{time_completed}) \
-         SELECT s.n, d.n, pg_current_xact_id_if_assigned()::text, last.ts, last.id, one.ts, one.id, one.at FROM \
-           (SELECT count(*) AS n FROM stale) AS s CROSS JOIN (SELECT count(*) AS n FROM done) AS d \
+         SELECT s.n, d.n, pg_catalog.pg_current_xact_id_if_assigned()::text, last.ts, last.id, one.ts, one.id, one.at FROM \
+           (SELECT pg_catalog.count(*) AS n FROM stale) AS s CROSS JOIN (SELECT pg_catalog.count(*) AS n FROM done) AS d \
            LEFT JOIN (SELECT {time_started}::text AS ts, {id}::text AS id FROM stale \
              ORDER BY stale.{time_started} DESC, stale.{id} DESC LIMIT 1) AS last ON true \
            LEFT JOIN (SELECT {time_started}::text AS ts, {id}::text AS id, {time_completed}::text AS at FROM done \
@@ -143,7 +153,7 @@ pub fn choose_one(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, statement_
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}\
          SET CONSTRAINTS ALL IMMEDIATE; \
-         SELECT {time_started}::text, {id}::text, pg_typeof({id})::text FROM \
+         SELECT {time_started}::text, {id}::text, pg_catalog.pg_typeof({id})::text FROM \
            ({} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS stale",
         settings(statement_timeout),
         stale(plan, cutoff, cursor)
@@ -155,11 +165,11 @@ pub fn complete_one(plan: &Plan, row: &Cursor) -> String {
     let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
     let (time, key) = (literal(&row.time_started), literal(row.id.as_deref().unwrap_or_default()));
     format!(
-        "WITH done AS (UPDATE {table} AS t SET {time_completed} = (SELECT clock_timestamp()){assignments} \
-           WHERE t.{time_started} = {time} AND t.{id} = {key} AND (t.{time_completed} IS NULL) IS TRUE \
+        "WITH done AS (UPDATE {table} AS t SET {time_completed} = (SELECT pg_catalog.clock_timestamp()){assignments} \
+           WHERE t.{time_started} {EQUALS} {time} AND t.{id} {EQUALS} {key} AND (t.{time_completed} IS NULL) IS TRUE \
            RETURNING t.{time_completed}) \
-         SELECT 1, count(*), pg_current_xact_id_if_assigned()::text, {time}::text, {key}::text, {time}::text, \
-           {key}::text, min({time_completed})::text FROM done"
+         SELECT 1, pg_catalog.count(*), pg_catalog.pg_current_xact_id_if_assigned()::text, {time}::text, {key}::text, {time}::text, \
+           {key}::text, pg_catalog.min({time_completed})::text FROM done"
     )
 }
 
@@ -182,14 +192,17 @@ pub fn explain(plan: &Plan, statement_timeout: Duration) -> String {
 
 /// Evaluates a SELECT under the settings of a sweep; what it calls can change nothing.
 pub fn read_only(select: &str, statement_timeout: Duration) -> String {
-    format!("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{select}; COMMIT", settings(statement_timeout))
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}{select}; COMMIT",
+        settings(statement_timeout)
+    )
 }
 
 /// Counts the stale rows beyond the cursor, up to one more than `bound`.
 pub fn backlog(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, bound: i64, statement_timeout: Duration) -> String {
     let stale = stale(plan, cutoff, cursor);
     format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}\
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}\
          SELECT count(*), to_char(min({}) AT TIME ZONE 'UTC', {ISO}) FROM ({stale} LIMIT {}) AS stale; COMMIT",
         settings(statement_timeout),
         plan.time_started,
@@ -199,14 +212,14 @@ pub fn backlog(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, bound: i64, s
 
 /// Asks how the transaction of a receipt ended.
 pub fn transaction_status(receipt: &Receipt) -> String {
-    format!("SELECT pg_xact_status({}::xid8)", literal(&receipt.xid))
+    format!("SELECT pg_catalog.pg_xact_status({}::pg_catalog.xid8)", literal(&receipt.xid))
 }
 
 /// Asks whether the row of a receipt carries the receipt's time.
 pub fn row_status(plan: &Plan, receipt: &Receipt) -> String {
     let Plan { table, id, time_started, time_completed, .. } = plan;
     format!(
-        "SELECT {time_completed} = {}::timestamptz FROM {table} WHERE {time_started} = {} AND {id} = {}",
+        "SELECT {time_completed} {EQUALS} {}::timestamptz FROM {table} WHERE {time_started} {EQUALS} {} AND {id} {EQUALS} {}",
         literal(&receipt.time_completed),
         literal(&receipt.row.time_started),
         literal(receipt.row.id.as_deref().unwrap_or_default())

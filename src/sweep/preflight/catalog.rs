@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::dependants::{self, Dependant};
 use crate::sweep::Plan;
 use crate::sweep::plan::literal;
-use crate::sweep::statement::LOCK_TIMEOUT;
+use crate::sweep::statement::{LOCK_TIMEOUT, SEARCH_PATH};
 
 /// Who answers, and as whom.
 #[derive(Clone, Debug, Deserialize)]
@@ -185,7 +185,7 @@ pub struct Index {
 /// products than PostgreSQL may not know.
 pub fn server(statement_timeout: Duration) -> String {
     format!(
-        "BEGIN; SET LOCAL statement_timeout = {}; SELECT json_build_object('version', current_setting('server_version'), \
+        "BEGIN READ ONLY; {SEARCH_PATH}SET LOCAL statement_timeout = {}; SELECT json_build_object('version', current_setting('server_version'), \
        'number', current_setting('server_version_num')::int, 'product', split_part(version(), ' ', 1), \
        'standby', pg_is_in_recovery(), 'user', current_user, \
        'bypass', (SELECT rolsuper OR rolbypassrls FROM pg_catalog.pg_roles WHERE rolname = current_user)); COMMIT",
@@ -200,7 +200,7 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
     format!(
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL statement_timeout = {timeout}; \
          SET LOCAL lock_timeout = {lock_timeout}; \
-         SET LOCAL search_path = pg_catalog; \
+         {SEARCH_PATH}\
          WITH RECURSIVE tree AS ( \
            SELECT c.oid, NULL::oid AS parent, 0 AS level FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
              WHERE n.nspname = {schema} AND c.relname = {table} \

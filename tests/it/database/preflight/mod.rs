@@ -4,6 +4,7 @@ mod dependants;
 mod fields;
 mod indexes;
 mod owners;
+mod shadows;
 mod sql;
 mod values;
 mod whole;
