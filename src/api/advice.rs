@@ -25,7 +25,9 @@ impl Reason {
             }
             Self::NotObserved => "see why the attempt failed",
             Self::Retrying => "see the reason of Ready",
-            Self::InvalidSpec => "mend the spec, or upgrade the operator if it is older than the CRD",
+            Self::InvalidSpec => {
+                "mend the spec as the message says, or upgrade the operator if it is older than the CRD"
+            }
             Self::SecretNotFound => "create the Secret in the object's namespace",
             Self::SecretKeyMissing => "add the key to the Secret, or name another in spec.database.secretRef.key",
             Self::SecretForbidden => "grant the operator's ServiceAccount get on secrets there",

@@ -9,7 +9,8 @@ pub struct Block {
     pub place: String,
     pub language: String,
     pub text: String,
-    /// Of the comment `<!-- not run: REASON -->` right before it.
+    /// Of the comment `<!-- not run: REASON -->` right before it, or the one that says what made the screen: those are
+    /// checked as generated files.
     pub not_run: Option<String>,
 }
 
@@ -31,7 +32,10 @@ pub fn blocks(file: &str, text: &str) -> Vec<Block> {
             Event::End(pulldown_cmark::TagEnd::CodeBlock) => inside = false,
             Event::Text(piece) if inside => found.last_mut().unwrap().text.push_str(&piece),
             Event::Html(html) => {
-                let reason = html.trim().strip_prefix("<!-- not run:").and_then(|rest| rest.strip_suffix("-->"));
+                let comment = html.trim().strip_prefix("<!--").and_then(|rest| rest.strip_suffix("-->"));
+                let comment = comment.unwrap_or_default().trim();
+                let reason =
+                    comment.strip_prefix("not run:").or(comment.starts_with("screen, made by ").then_some(comment));
                 not_run = reason.map(|reason| reason.trim().to_owned());
             }
             Event::Start(Tag::HtmlBlock) | Event::End(pulldown_cmark::TagEnd::HtmlBlock) => {}
@@ -58,6 +62,12 @@ pub fn commands(text: &str) -> Vec<(String, Vec<String>)> {
 
 #[test]
 fn blocks_are_found_with_their_place_and_what_is_said_of_them() {
+    let screen = blocks(
+        "x.md",
+        "<!-- screen, made by `x`: status -->\n\n```console\n$ a\n```\n\n<!-- end of screen -->\n```sh\nb\n```",
+    );
+    assert_eq!(screen[0].not_run.as_deref(), Some("screen, made by `x`: status"));
+    assert_eq!(screen[1].not_run, None);
     let text = "# A\n\n```sh\nls\n```\n\n<!-- not run: needs a daemon -->\n```console\n$ a \\\n    b\nout\n$ c\n```\n\n\
                 1. item\n\n   <!-- not run: lost -->\n\n   but for this\n\n   ```sql\n   SELECT 1;\n   ```\n\n    indented\n";
     let found = blocks("x.md", text);

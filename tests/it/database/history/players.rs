@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio_postgres::{Client, NoTls};
 use tokio_util::sync::CancellationToken;
 
-use super::TIMEOUT;
+use super::{SOON, TIMEOUT};
 
 /// A writer's transaction on one row, from before its BEGIN until its end was known.
 #[derive(Clone, Debug)]
@@ -119,7 +119,7 @@ pub async fn write_on(uri: String, writer: i64, seed: u64, stop: Arc<AtomicBool>
         };
         let id = number * 8 + writer;
         // Some start long ago, so that they are stale before they are complete.
-        let age = random.u64(0..2 * u64::try_from(TIMEOUT.as_millis()).unwrap());
+        let age = (TIMEOUT - SOON).as_millis() + random.u128(0..2 * SOON.as_millis());
         let start = format!("INSERT INTO audit_log VALUES ({id}, clock_timestamp() - interval '{age} ms')");
         if touch(&connected, &journal, id, &start).await {
             let complete = format!(
