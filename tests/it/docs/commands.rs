@@ -25,12 +25,14 @@ use crate::fixtures::operator::{PATIENCE, RELEASE};
 /// A command may wait for a sweep.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Commands that are about something that is wrong: what takes it away before, and how they exit.
-const BROKEN: [(&str, &str, i32); 1] = [(
+/// Commands that are about something that is wrong: what takes it away before, how they exit, and what brings it back.
+const BROKEN: [(&str, &str, i32, &str); 1] = [(
     "audit-log-sweeper check ",
     "DROP INDEX audit_log_incomplete_by_time_started; \
      REVOKE UPDATE (result_kind) ON audit_log FROM audit_log_sweeper",
     1,
+    "CREATE INDEX audit_log_incomplete_by_time_started ON audit_log (time_started, id) WHERE time_completed IS NULL; \
+     GRANT UPDATE (result_kind) ON audit_log TO audit_log_sweeper",
 )];
 
 /// What a reader has to begin with: a cluster, a database with an audit log, the repository, and the tools.
@@ -56,7 +58,9 @@ impl Desk {
             fs::create_dir(place).unwrap();
         }
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        symlink(env!("CARGO_BIN_EXE_audit-log-sweeper"), bin.join("audit-log-sweeper")).unwrap();
+        for name in ["audit-log-sweeper", "kubectl-sweeper"] {
+            symlink(env!("CARGO_BIN_EXE_audit-log-sweeper"), bin.join(name)).unwrap();
+        }
         symlink(&tools.kubectl, bin.join("kubectl")).unwrap();
         symlink(&tools.helm, bin.join("helm")).unwrap();
         for part in ["charts", "crds"] {
@@ -132,12 +136,15 @@ impl Desk {
         };
         for (command, shown) in &commands {
             let broken = BROKEN.iter().find(|(begin, ..)| command.starts_with(begin));
-            if let Some((_, sql, _)) = broken {
+            if let Some((_, sql, ..)) = broken {
                 self.sql(sql).await;
             }
             let output = self.bash(command).await;
+            if let Some((.., sql)) = broken {
+                self.sql(sql).await;
+            }
             let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-            let exit = broken.map_or(0, |(_, _, exit)| *exit);
+            let exit = broken.map_or(0, |(_, _, exit, _)| *exit);
             assert_eq!(output.status.code(), Some(exit), "{place}: {command}\n{said}{error}");
             // What is shown is what it says, but for what is left out.
             for line in shown.iter().filter(|line| !line.contains("...")) {
