@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroU16;
 
 use k8s_openapi::ByteString;
 
@@ -131,7 +132,7 @@ fn encrypted(database: &Database) -> Option<&Tls> {
 /// A Secret that is there and does not hold what is needed.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
-    #[error("Secret {secret} has no key {key}; its keys are: {present}")]
+    #[error("Secret {secret} has no key {key}, or an empty one; its keys are: {present}")]
     MissingKey { secret: String, key: String, present: String },
     #[error(
         "Secret {secret} has none of the keys fqdn-uri, uri, or host with dbname, user and password; its keys are: \
@@ -140,6 +141,8 @@ pub enum CredentialsError {
     NoKnownKey { secret: String, present: String },
     #[error("key {key} of Secret {secret} is not text")]
     NotText { secret: String, key: String },
+    #[error("key port of Secret {secret} must be a number from 1 to 65535, or one for each host with commas between")]
+    Port { secret: String },
 }
 
 impl CredentialsError {
@@ -147,7 +150,7 @@ impl CredentialsError {
     pub const fn reason(&self) -> Reason {
         match self {
             Self::MissingKey { .. } | Self::NoKnownKey { .. } => Reason::SecretKeyMissing,
-            Self::NotText { .. } => Reason::InvalidConnectionURI,
+            Self::NotText { .. } | Self::Port { .. } => Reason::InvalidConnectionURI,
         }
     }
 }
@@ -167,22 +170,28 @@ fn uri(data: &SecretData, namespace: &str, name: &str, key: Option<&str>) -> Res
             return Ok(ConnectionUri::new(uri));
         }
     }
-    let Some(host) = text(data, name, "host")? else {
+    // An empty part is none, too.
+    let part = |key| text(data, name, key).map(|text| text.filter(|text| !text.trim().is_empty()));
+    let Some(host) = part("host")? else {
         return Err(CredentialsError::NoKnownKey { secret: name.into(), present: keys(data) });
     };
-    let user = match text(data, name, "user")? {
-        Some(user) => user,
-        None => text(data, name, "username")?.ok_or_else(|| missing(data, name, "user"))?,
-    };
-    let required = |key| text(data, name, key)?.ok_or_else(|| missing(data, name, key));
+    let required = |key| part(key)?.ok_or_else(|| missing(data, name, key));
+    let user = part("user")?.or(part("username")?).ok_or_else(|| missing(data, name, "user"))?;
     let (dbname, password) = (required("dbname")?, required("password")?);
-    let port = text(data, name, "port")?.map(str::trim).filter(|port| !port.is_empty()).unwrap_or("5432");
     // A name without a dot is a Service of the Secret's own namespace.
     let qualified = |host: &str| match host.trim() {
-        host if host == "localhost" || host.contains(['.', ':', '/']) => bracketed(host),
+        host if host.eq_ignore_ascii_case("localhost") || host.contains(['.', ':', '/']) => bracketed(host),
         host => format!("{host}.{namespace}"),
     };
-    let hosts: Vec<_> = host.split(',').map(|host| format!("{}:{port}", qualified(host))).collect();
+    let hosts: Vec<_> = host.split(',').map(qualified).collect();
+    let port = || CredentialsError::Port { secret: name.into() };
+    let ports: Result<Vec<NonZeroU16>, _> =
+        part("port")?.unwrap_or("5432").split(',').map(|p| p.trim().parse()).collect();
+    let ports = ports.map_err(|_| port())?;
+    if ![1, hosts.len()].contains(&ports.len()) {
+        return Err(port());
+    }
+    let hosts: Vec<_> = hosts.iter().zip(ports.iter().cycle()).map(|(host, port)| format!("{host}:{port}")).collect();
     let [user, password, dbname] = [user, password, dbname].map(|part| encode(part.trim_end_matches(['\r', '\n'])));
     Ok(ConnectionUri::new(&format!("postgresql://{user}:{password}@{}/{dbname}", hosts.join(","))))
 }
@@ -264,6 +273,15 @@ mod tests {
         let several =
             [("host", "db-1,db-2"), ("port", ""), ("dbname", "d"), ("user", "u"), ("password", "x"), ("uri", "")];
         assert_eq!(found(&several, None), "postgresql://u:x@db-1.ns:5432,db-2.ns:5432/d");
+        let each = [
+            ("host", "a.b,LocalHost"),
+            ("port", "1, 2"),
+            ("dbname", "d"),
+            ("user", ""),
+            ("username", "u"),
+            ("password", "x"),
+        ];
+        assert_eq!(found(&each, None), "postgresql://u:x@a.b:1,LocalHost:2/d");
         let socket = [("host", "/run/postgresql"), ("dbname", "d"), ("user", "u"), ("password", "x")];
         assert_eq!(found(&socket, None), "postgresql://u:x@%2Frun%2Fpostgresql:5432/d");
         let six = [("host", "fd00::1"), ("dbname", "app"), ("user", "app"), ("password", "x")];
@@ -271,11 +289,31 @@ mod tests {
     }
 
     #[test]
+    fn a_part_that_is_empty_or_no_port_is_told_and_not_shown() {
+        let with = |key: &'static str, value: &'static str| {
+            let whole = [("host", "h"), ("dbname", "d"), ("user", "u"), ("password", "x"), ("port", "1")];
+            let parts: Vec<_> = whole.map(|(k, v)| if k == key { (k, value) } else { (k, v) }).to_vec();
+            uri(&data(&parts), "ns", "db", None).unwrap_err().to_string()
+        };
+        for bad in ["0", "65536", "1,hunter2", "1@hunter2", "1,2", "hunter2"] {
+            let error = with("port", bad);
+            assert!(
+                error.starts_with("key port of Secret db must be a number") && !error.contains("hunter2"),
+                "{error}"
+            );
+        }
+        for key in ["dbname", "user", "password"] {
+            assert!(with(key, " ").starts_with(&format!("Secret db has no key {key},")), "{key}");
+        }
+        assert!(with("host", "").starts_with("Secret db has none of the keys fqdn-uri, uri, or host"));
+    }
+
+    #[test]
     fn errors_name_the_keys_that_are_there_and_no_value() {
         let secret = data(&[("url", "postgresql://u:hunter2@h/d")]);
         let error = uri(&secret, "ns", "db", Some("uri")).unwrap_err();
         assert_eq!(error.reason(), Reason::SecretKeyMissing);
-        assert_eq!(error.to_string(), "Secret db has no key uri; its keys are: url");
+        assert_eq!(error.to_string(), "Secret db has no key uri, or an empty one; its keys are: url");
         let error = uri(&secret, "ns", "db", None).unwrap_err().to_string();
         assert!(error.contains("spec.database.secretRef.key") && !error.contains("hunter2"), "{error}");
         assert!(!format!("{:?}", ConnectionUri::new("postgresql://u:hunter2@h/d")).contains("hunter2"));

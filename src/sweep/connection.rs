@@ -100,7 +100,8 @@ impl Target {
         let (hosts, addresses) = (self.config.get_hosts(), self.config.get_hostaddrs());
         let ports = self.config.get_ports();
         let mut last = Error::Uri("it names no host");
-        for index in 0..hosts.len().max(addresses.len()) {
+        let places = hosts.len().max(addresses.len());
+        for index in 0..places {
             // One port for all hosts, or one for each.
             let port = ports.get(index).or(ports.first()).copied().unwrap_or(5432);
             // As in libpq: the address is where to connect, the host the name to verify.
@@ -113,12 +114,14 @@ impl Target {
                 (None, Some(address)) => Place::Tcp { name: address.clone(), address, port },
                 (None, None) => break,
             };
-            let limit = most.min(end.saturating_duration_since(Instant::now()));
+            // A silent one leaves the others their share.
+            let others = u32::try_from(places - index).unwrap_or(u32::MAX);
+            let limit = most.min(end.saturating_duration_since(Instant::now()) / others);
             let mut stage = Stage::Name;
             last = match timeout(limit, self.connect_to(&place, &mut stage)).await {
                 Ok(Ok(session)) => return Ok(session),
                 Ok(Err(error)) => error,
-                Err(_) => Error::Unanswered { host: place.label(stage), stage, after: limit },
+                Err(_) => Error::Unanswered { host: place.label(stage), stage, after: rounded(limit) },
             };
         }
         Err(last)
@@ -172,6 +175,11 @@ impl Target {
             cause: "the host's name cannot be in a certificate".into(),
         })
     }
+}
+
+/// For a message: to the hundredth of a second.
+fn rounded(duration: Duration) -> Duration {
+    Duration::from_millis(u64::try_from((duration.as_millis() + 5) / 10 * 10).unwrap_or(u64::MAX))
 }
 
 /// One of the places where the database may be.

@@ -430,12 +430,21 @@ pub fn chain(error: &dyn StdError) -> String {
 /// What rustls found wrong, and the field to look at.
 fn tls_cause(error: &tokio_postgres::Error) -> String {
     let cause = error.source().map_or_else(String::new, chain);
-    let hint = if cause.contains("received fatal alert") {
+    let hint = if cause.contains("alert: ProtocolVersion") {
+        "the server must offer TLS 1.2 or later: check its ssl_max_protocol_version"
+    } else if cause.contains("alert: HandshakeFailure") {
+        "there is no cipher or kind of key that both know: give the server a certificate with an RSA, ECDSA P-256 or P-384, or \
+         Ed25519 key"
+    } else if cause.contains("received fatal alert") {
         "the server refuses our side: check spec.database.tls.clientCertSecretRef"
+    } else if cause.contains("UnsupportedCertVersion") {
+        "a certificate is X.509 v1: issue it anew as v3, with extensions"
+    } else if cause.contains("CaUsedAsEndEntity") {
+        "the server shows the certificate of a CA: issue one for the server (basicConstraints CA:FALSE)"
     } else if cause.contains("Expired") || cause.contains("expired") {
         "renew the server's certificate; until then, spec.database.tls.mode Require without caSecretRef does not verify it"
     } else if cause.contains("UnknownIssuer") || cause.contains("BadSignature") {
-        "name the Secret with the server's CA in spec.database.tls.caSecretRef"
+        "the CA in the Secret of spec.database.tls.caSecretRef must be the one that signed the server's certificate"
     } else if cause.contains("not valid for name") {
         "connect by a name that the server's certificate is for, or set spec.database.tls.mode to VerifyCA"
     } else if cause.contains("does not support TLS") {

@@ -73,9 +73,12 @@ pub(super) fn client_config(
     let key = PrivateKeyDer::from_pem_slice(&client.key).map_err(|_| {
         Error::ClientCertificate("tls.key holds no unencrypted private key (-----BEGIN PRIVATE KEY-----)")
     })?;
-    builder
-        .with_client_auth_cert(chain, key)
-        .map_err(|_| Error::ClientCertificate("tls.key is not the key of tls.crt, or of a kind that is not known here"))
+    builder.with_client_auth_cert(chain, key).map_err(|_| {
+        Error::ClientCertificate(
+            "tls.key is not the key of the first certificate in tls.crt, or of a kind that is not known here, or that \
+             certificate is X.509 v1",
+        )
+    })
 }
 
 /// Verifies less than everything, as the user wrote: the chain without the host's name, or neither. The server must

@@ -70,7 +70,7 @@ pub struct Table {
     pub owner: String,
     /// The role has the rights of the owner.
     pub owned: bool,
-    /// The table that it is a partition or a child of, which alters its columns.
+    /// The table that it is a partition or a child of, or the type that it is a table of: there its columns are altered.
     pub parent: Option<String>,
     pub row_security: bool,
     pub force_row_security: bool,
@@ -335,7 +335,8 @@ fn about_table(plan: &Plan) -> String {
          WHERE k.conrelid IN (SELECT tree.oid FROM tree) AND k.contype IN ('c', 'f') AND k.coninhcount = 0 \
          AND coalesce((to_jsonb(k) ->> 'conenforced')::boolean, true)",
     );
-    let parent = "(SELECT min(h.inhparent::regclass::text) FROM pg_inherits h WHERE h.inhrelid = c.oid)";
+    let parent = "coalesce((SELECT min('table ' || h.inhparent::regclass::text) FROM pg_inherits h WHERE h.inhrelid = c.oid), \
+         'type ' || nullif(c.reloftype, 0)::regtype::text)";
     format!(
         "SELECT json_build_object('owner', pg_get_userbyid(c.relowner), 'owned', pg_has_role(c.relowner, 'USAGE'), \
            'parent', {parent}, \

@@ -87,9 +87,7 @@ impl Judge<'_> {
             return none("the database generates it, so its type cannot be changed without its expression");
         }
         if let Some(parent) = &self.table.parent {
-            return none(&format!(
-                "the table has it from {parent}, where its type is changed for all: check that table"
-            ));
+            return none(&format!("the table has it from the {parent}, where its type is changed for all"));
         }
         let Some(cast) = cast else {
             return none(

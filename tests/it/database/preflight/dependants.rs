@@ -120,7 +120,8 @@ async fn what_a_partition_has_of_its_own_stops_it_too() {
     let found = &checked.findings[0];
     assert_eq!(found.fix, Some(Fix::Field("spec.columns.timeCompleted".into())), "{found:#?}");
     assert!(
-        found.message.contains("has it from audit_log") || found.message.contains("from public.audit_log"),
+        found.message.contains("has it from the table audit_log")
+            || found.message.contains("from the table public.audit_log"),
         "{found:#?}"
     );
     let spec = json!({ "table": "p1", "complete": [{ "column": "none", "value": "x" }] });
@@ -204,5 +205,25 @@ async fn what_cannot_become_a_time_gets_no_sql() {
         assert_eq!((found.subject, found.severity, found.reason), (Columns, Blocking, SchemaMismatch));
         assert!(found.message.contains(says), "{}", found.message);
         assert_eq!(found.fix, Some(Fix::Field("spec.columns.timeCompleted".into())));
+    }
+}
+
+/// The columns of a typed table are those of its type: no ALTER of the table changes them.
+#[tokio::test]
+async fn a_table_of_a_type_is_altered_there() {
+    let stage = Stage::new(
+        "CREATE TYPE entry AS (id uuid, time_started timestamp, time_completed timestamptz(0)); \
+         CREATE TABLE audit_log OF entry (id PRIMARY KEY, time_started NOT NULL); \
+         CREATE INDEX sweep_index ON audit_log (time_started, id) WHERE time_completed IS NULL; \
+         ALTER TABLE audit_log NOT OF; ALTER TABLE audit_log ADD result_kind text; \
+         ALTER TYPE entry ADD ATTRIBUTE result_kind text; ALTER TABLE audit_log OF entry",
+    )
+    .await;
+    let checked = stage.check(&json!({})).await;
+    let columns: Vec<_> = checked.findings.iter().filter(|finding| finding.subject == Columns).collect();
+    assert_eq!(columns.len(), 2, "{checked:#?}");
+    for finding in columns {
+        assert!(matches!(finding.fix, Some(Fix::Field(_))), "{finding:#?}");
+        assert!(finding.message.contains("has it from the type public.entry"), "{}", finding.message);
     }
 }
