@@ -28,7 +28,7 @@ const SWEEPERS: &str = "auditlogsweepers.auditlog.dev";
 #[derive(Debug, Args)]
 pub struct ClusterArgs {
     /// Namespace to look in [default: that of the kubeconfig's context]
-    #[arg(short, long)]
+    #[arg(short, long, value_parser = super::run::label)]
     pub namespace: Option<String>,
     /// Context of the kubeconfig [default: its current one]
     #[arg(long)]
@@ -65,6 +65,8 @@ pub enum ClusterError {
     NotInstalled,
     #[error("there is no AuditLogSweeper {name} in namespace {namespace}{near}")]
     NoObject { name: String, namespace: String, near: String },
+    #[error("AuditLogSweeper {name} in namespace {namespace} was deleted; a sweep of it that ran was ended")]
+    Gone { name: String, namespace: String },
     #[error("there is no Secret {name} in namespace {namespace}; create it, or name another in the spec")]
     NoSecret { name: String, namespace: String },
     #[error("the API server refused to {verb} {resource}: {message}")]
@@ -77,6 +79,15 @@ impl ClusterError {
         match self {
             Self::NoCluster(_) | Self::NoObject { .. } => 2,
             _ => 1,
+        }
+    }
+
+    /// Whether the same request may succeed a little later.
+    pub const fn may_pass(&self) -> bool {
+        match self {
+            Self::Timeout { .. } | Self::Unreachable { .. } => true,
+            Self::Refused { code, .. } => *code == 429 || *code >= 500,
+            _ => false,
         }
     }
 }
@@ -247,7 +258,7 @@ pub fn name(text: &str) -> Result<String, String> {
     if name.len() <= 253 && name.chars().all(fits) && name.starts_with(ends) && name.ends_with(ends) {
         Ok(name.into())
     } else {
-        Err("no object can have this name: small letters, digits, - and . only".into())
+        Err("no object can have this name: at most 253 small letters, digits, - and . only".into())
     }
 }
 
@@ -279,6 +290,8 @@ mod tests {
         assert_eq!(ClusterError::NoCluster(place()).exit_code(), 2);
         assert_eq!(ClusterError::NoObject { name: place(), namespace: place(), near: place() }.exit_code(), 2);
         assert_eq!(ClusterError::NotInstalled.exit_code(), 1);
+        assert_eq!(ClusterError::Gone { name: place(), namespace: place() }.exit_code(), 1);
+        assert!(ClusterError::Timeout { url: place() }.may_pass() && !ClusterError::NotInstalled.may_pass());
         assert_eq!(ClusterError::Forbidden { verb: "get", resource: "secrets", place: place() }.exit_code(), 1);
     }
 }

@@ -28,7 +28,13 @@ pub fn completions(args: &Completions, mut command: Command) -> ExitCode {
     let name = command.get_name().to_owned();
     let mut script = vec![];
     clap_complete::generate(args.shell, &mut command, name, &mut script);
-    print(&String::from_utf8_lossy(&script))
+    print(&mended(&String::from_utf8_lossy(&script)))
+}
+
+/// The script for bash calls a command with hyphens by one name where it sets it and by another where it looks for it
+/// (clap_complete 4.6.11): after a subcommand nothing would be offered.
+fn mended(script: &str) -> String {
+    script.replace("audit__subcmd__log__subcmd__sweeper", "audit__log__sweeper")
 }
 
 /// What may stand where the cursor is.

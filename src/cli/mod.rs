@@ -162,6 +162,8 @@ fn print(text: &str) -> ExitCode {
 fn written(result: std::io::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        // Who reads has seen enough, as `head` has. The code is that of a process that SIGPIPE ended.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::from(141),
         Err(error) => complain(&anyhow::Error::from(error).context("cannot write the output"), 1),
     }
 }

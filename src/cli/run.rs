@@ -69,7 +69,10 @@ pub struct Run {
 }
 
 /// The name of a namespace.
-fn label(text: &str) -> Result<String, String> {
+///
+/// # Errors
+/// When no namespace can have it.
+pub fn label(text: &str) -> Result<String, String> {
     let fits = (1..=63).contains(&text.len()) && is_label(text);
     if fits { Ok(text.into()) } else { Err("must be the name of a namespace, such as my-namespace".into()) }
 }

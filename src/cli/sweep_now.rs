@@ -11,7 +11,8 @@ use tokio::time::{Instant, sleep};
 use super::cluster::{self, Cluster, ClusterArgs, ClusterError};
 use super::status::{Seen, count, plain};
 use super::{Output, note, refuse, respond, show};
-use crate::api::conditions::{self, ConditionType};
+use crate::api::Reason;
+use crate::api::conditions::{self, Condition, ConditionType};
 use crate::api::status::Outcome;
 use crate::api::{self, AuditLogSweeperStatus};
 use crate::controller::outcome::REQUESTED_AT;
@@ -119,25 +120,38 @@ async fn wait(cluster: &Cluster, name: &str, token: &str, patience: Duration) ->
     let began = Instant::now();
     let mut told = Duration::ZERO;
     loop {
-        let seen = Seen::from(&cluster.get(name).await?);
-        if let Some(answer) = answer(token, &seen.status) {
-            return Ok((seen, answer));
+        let looked = cluster.get(name).await.map(|object| Seen::from(&object));
+        if let Ok(seen) = &looked
+            && let Some(answer) = answer(token, seen)
+        {
+            return looked.map(|seen| (seen, answer));
         }
         let waited = began.elapsed();
+        let looked = match looked {
+            Err(ClusterError::NoObject { name, namespace, .. }) => return Err(ClusterError::Gone { name, namespace }),
+            // It may be there again before the time is up, and the sweep goes on without us.
+            Err(error) if !error.may_pass() => return Err(error),
+            looked => looked,
+        };
         if waited >= patience {
-            return Ok((seen, Answer::None));
+            return looked.map(|seen| (seen, Answer::None));
         }
         if waited - told >= TELL {
             told = waited;
-            note(&format!("waiting for the operator, {} s of at most {} s", waited.as_secs(), patience.as_secs()));
+            let who = if looked.is_ok() { "operator" } else { "API server" };
+            note(&format!("waiting for the {who}, {} s of at most {} s", waited.as_secs(), patience.as_secs()));
         }
         sleep(LOOK.min(patience - waited)).await;
     }
 }
 
-/// What the status says of a request; None: nothing yet.
-fn answer(token: &str, status: &AuditLogSweeperStatus) -> Option<Answer> {
-    if status.last_handled_request.as_deref() != Some(token) {
+/// What the status says of a request; None: nothing yet. Of requests that come faster than sweeps end the last one is
+/// answered, and its answer is that of all before it.
+fn answer(token: &str, seen: &Seen) -> Option<Answer> {
+    let status: &AuditLogSweeperStatus = &seen.status;
+    let handled = status.last_handled_request.as_deref()?;
+    let newest = seen.requested.as_deref().map(|requested| api::cut(requested, 128));
+    if handled != token && Some(handled) != newest {
         return None;
     }
     if conditions::is_true(&status.conditions, ConditionType::Suspended) {
@@ -156,9 +170,12 @@ fn sentence(seen: &Seen, answer: Answer) -> String {
     match answer {
         Answer::Requested => format!("asked for a sweep of {at}; see it with `status {name} -n {namespace}`"),
         Answer::Swept => {
-            let ready = conditions::find(&status.conditions, ConditionType::Ready);
+            // After an edit it is about something else.
+            let about_sweep = |ready: &&Condition| ready.reason != Reason::SchemaReady.as_str();
+            let ready = conditions::find(&status.conditions, ConditionType::Ready).filter(about_sweep);
             let rows = status.last_sweep.as_ref().map_or(0, |last| last.timed_out);
-            let said = ready.map_or_else(|| count(rows, "row", "rows"), |ready| plain(&ready.message));
+            let said = ready
+                .map_or_else(|| format!("{} timed out", count(rows, "row", "rows")), |ready| plain(&ready.message));
             format!("swept {at}: {said}")
         }
         Answer::Failed => {

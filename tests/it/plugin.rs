@@ -186,6 +186,96 @@ async fn a_request_that_fails_or_is_not_answered_exits_with_1() {
 }
 
 #[tokio::test]
+async fn requests_that_come_at_once_are_all_answered() {
+    let (log, operator) = (Log::slow(20).await, Operator::new().await);
+    operator.secret_for(&log).await;
+    operator.apply("app", json!({ "period": "8760h", "batchSize": 1, "limit": 6 })).await;
+    operator.until("app", "the first sweep", |s| has(s, "Ready=True/LimitReached")).await;
+    let ask = || operator.sweeper(&["sweep-now", "app", "--wait", "--timeout=30s"]);
+    let answers = futures::future::join4(ask(), ask(), ask(), ask()).await;
+    for (code, out, err) in [answers.0, answers.1, answers.2, answers.3] {
+        assert!(code == 0 && out.starts_with("swept app in namespace "), "{code} {out}{err}");
+    }
+}
+
+#[tokio::test]
+async fn who_waits_outlives_an_api_server_and_is_told_of_a_deletion() {
+    // For its own API server, which it stops; without an operator, so that there is no answer.
+    let Own { mut plane, namespace, scratch, .. } = Own::new().await;
+    let file = json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app" },
+        "spec": { "database": { "secretRef": { "name": "db" } } } });
+    let file = scratch.write("app.json", file.to_string(), None).unwrap().display().to_string();
+    support::process::output(plane.kubectl().args(["apply", "-n", &namespace, "-f", &file])).unwrap();
+    let mut kubectl = plane.kubectl();
+    kubectl.args(["sweeper", "sweep-now", "app", "--wait", "--timeout=90s", "-n", &namespace]);
+    kubectl.env("PATH", path(&scratch));
+    let waiting = tokio::task::spawn_blocking(move || ran(&mut kubectl));
+    let asked = async |plane: &support::control_plane::ControlPlane| {
+        eventually("the request", PATIENCE, async || {
+            let shown = support::process::output(plane.kubectl().args([
+                "get",
+                "als",
+                "app",
+                "-o=jsonpath={.metadata.annotations}",
+                "-n",
+                &namespace,
+            ]));
+            shown
+                .map_err(|error| error.to_string())
+                .and_then(|a| if a.contains("requestedAt") { Ok(()) } else { Err(a) })
+        })
+        .await;
+    };
+    asked(&plane).await;
+    plane.stop_api_server();
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    plane.start_api_server().await.unwrap();
+    assert!(!waiting.is_finished());
+    support::process::output(plane.kubectl().args(["delete", "als", "app", "-n", &namespace])).unwrap();
+    let (code, out, err) = waiting.await.unwrap();
+    assert!(
+        code == 1
+            && out.is_empty()
+            && err.contains("AuditLogSweeper app in namespace ")
+            && err.contains(" was deleted"),
+        "{code} {out}{err}"
+    );
+}
+
+#[test]
+fn a_namespace_that_none_can_be_is_refused_before_anything_is_asked() {
+    for bad in ["default/auditlogsweepers/app?x=", "a b", "", "..", "\u{1b}[31m"] {
+        for command in ["suspend", "sweep-now", "check"] {
+            let (code, out, err) = ran(&mut ours(&[command, "app", "-n", bad]));
+            assert!(
+                code == 2 && out.is_empty() && err.contains("must be the name of a namespace"),
+                "{code} {out}{err}"
+            );
+        }
+    }
+}
+
+#[test]
+fn bash_completes_the_options_of_a_subcommand() {
+    let script = r#". <("$0" completions bash)
+        COMP_WORDS=(audit-log-sweeper "$1" "$2"); COMP_CWORD=2; _audit__log__sweeper audit-log-sweeper "$2" "$1" 2>&1
+        echo "${COMPREPLY[@]}""#;
+    for (command, typed, offered) in
+        [("status", "--na", "--namespace"), ("sweep-now", "--wa", "--wait"), ("run", "--sel", "--selector")]
+    {
+        let (code, out, err) = ran(Command::new("bash").args(["-c", script, BINARY, command, typed]));
+        assert_eq!((code, out.trim()), (0, offered), "{err}");
+    }
+}
+
+#[test]
+fn who_has_seen_enough_is_not_told_of_it() {
+    let pipe = r#""$0" crd | head -1; echo "${PIPESTATUS[0]}""#;
+    let (_, out, err) = ran(Command::new("bash").args(["-c", pipe, BINARY]));
+    assert!(err.is_empty() && (out.ends_with("\n141\n") || out.ends_with("\n0\n")), "{out}{err}");
+}
+
+#[tokio::test]
 async fn check_reads_the_object_and_its_secret_from_the_cluster() {
     let (log, operator) = (Log::new().await, Operator::absent().await);
     operator.apply("app", json!({})).await;
