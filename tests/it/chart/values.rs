@@ -337,3 +337,43 @@ fn nonsense_is_refused_and_named() {
     }
     refused("global.anything.at=all").unwrap();
 }
+
+/// Every key of the values, with those that it lies in.
+fn keys(values: &Value, within: &str) -> Vec<String> {
+    let Some(map) = values.as_object() else { return vec![] };
+    let keys = |(key, value): (&String, &Value)| {
+        let path = if within.is_empty() { key.clone() } else { format!("{within}.{key}") };
+        let inner = keys(value, &path);
+        [vec![path], inner].concat()
+    };
+    map.iter().flat_map(keys).collect()
+}
+
+/// With null Helm takes a default away.
+#[test]
+fn a_value_that_is_taken_away_is_empty_or_named_as_missing() {
+    let helm = support::tools::Tools::helm().unwrap();
+    let values = output(Command::new(&helm).args(["show", "values"]).arg(chart())).unwrap();
+    let everything = "metrics.serviceMonitor.enabled=true,metrics.prometheusRule.enabled=true,\
+        metrics.dashboard.enabled=true,networkPolicy.enabled=true";
+    let (mut empty, mut missing) = (vec![], vec![]);
+    for key in keys(&serde_saphyr::from_str(&values).unwrap(), "") {
+        let mut command = Command::new(&helm);
+        command.args(["template", "x"]).arg(chart()).args(["--set", everything, "--set", &format!("{key}=null")]);
+        let name = key.rsplit('.').next().unwrap();
+        match output(&mut command) {
+            Ok(rendered) => {
+                // Nothing of it is left in half: a flag, or a field that needs a value.
+                let halves = [": %!", "=\n", "<nil>"];
+                assert!(!halves.iter().any(|half| rendered.contains(half)), "{key}: {rendered}");
+                empty.push(key);
+            }
+            Err(error) => {
+                assert!(error.to_string().contains(&format!("missing property '{name}'")), "{key}: {error}");
+                missing.push(key);
+            }
+        }
+    }
+    assert!(empty.contains(&"resources".into()) && empty.contains(&"podLabels".into()), "{empty:?}");
+    assert!(missing.contains(&"image".into()) && missing.contains(&"metrics.service.enabled".into()), "{missing:?}");
+}
