@@ -23,8 +23,9 @@ const GUARD: (&str, &str) = ("AND (t.{time_completed} IS NULL) IS TRUE ", "");
 const LOCK: (&str, &str) = (" LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED)", " LIMIT {size})");
 const STATEMENT: &str = "src/sweep/statement.rs";
 const RUN: &str = "src/sweep/run.rs";
+const COMMIT: &str = "src/sweep/run/commit.rs";
 
-const MUTANTS: [Mutant; 7] = [
+const MUTANTS: [Mutant; 8] = [
     Mutant {
         name: "neither guard nor lock clause",
         file: STATEMENT,
@@ -35,15 +36,25 @@ const MUTANTS: [Mutant; 7] = [
     Mutant {
         name: "join on the id alone",
         file: STATEMENT,
-        edits: &[("t.{time_started} = stale.{time_started} AND t.{id} = stale.{id}", "t.{id} = stale.{id}")],
+        edits: &[(
+            "{place}t.{time_started} {EQUALS} stale.ts AND t.{id} {EQUALS} stale.id",
+            "t.{id} {EQUALS} stale.id",
+        )],
         tests: &["database::sweep::the_same_id", "database::shapes::partitions"],
         noticed: true,
     },
     Mutant {
         name: "a lost COMMIT taken as not done",
-        file: RUN,
-        edits: &[("Some(receipt) => match self.find_out(receipt).await {", "Some(_) => match Some(false) {")],
+        file: COMMIT,
+        edits: &[("(self.find_out(receipt).await, Err(error))", "(Some(false), Err(error))")],
         tests: &["database::faults::a_lost_answer", "database::faults::a_commit_that_waits"],
+        noticed: true,
+    },
+    Mutant {
+        name: "rows that were written anew taken for suppressed",
+        file: RUN,
+        edits: &[("&& join == Join::Place", "&& false")],
+        tests: &["database::sweep::rows_that_are_written_anew"],
         noticed: true,
     },
     Mutant {

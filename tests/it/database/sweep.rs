@@ -140,18 +140,50 @@ async fn the_same_id_in_two_partitions_is_two_rows() {
 
 #[tokio::test]
 async fn rows_that_share_a_key_are_not_completed_beside_the_chosen_ones() {
+    let columns = "id bigint, time_started timestamptz, time_completed timestamptz, result_kind text";
+    let rows = "INSERT INTO audit_log SELECT 7, '2019-01-01' FROM generate_series(1, 3)";
+    let open = "SELECT count(*) FROM audit_log WHERE time_completed IS NULL";
+    // Each row of a table has a place of its own, whatever it shares with others.
     let log = Log::empty().await;
-    log.run(
-        "CREATE TABLE audit_log (id bigint, time_started timestamptz, time_completed timestamptz, result_kind text); \
-         INSERT INTO audit_log SELECT 7, '2019-01-01' FROM generate_series(1, 3)",
-    )
-    .await;
+    log.run(&format!("CREATE TABLE audit_log ({columns}); {rows}")).await;
+    let report = log.sweep(json!({ "limit": 1 })).await;
+    assert_eq!((report.timed_out, log.query(open).await), (1, vec!["2".into()]), "{report:?}");
+
+    // Where several tables have places, rows are found by their keys.
+    let log = Log::empty().await;
+    log.run(&format!("CREATE TABLE audit_log ({columns}) PARTITION BY RANGE (time_started)")).await;
+    log.run(&format!("CREATE TABLE one PARTITION OF audit_log DEFAULT; {rows}")).await;
     let report = log.sweep(json!({ "limit": 1 })).await;
     assert_eq!(report.error.unwrap().reason(), Reason::SchemaMismatch);
-    assert_eq!(
-        (report.timed_out, log.query("SELECT count(*) FROM audit_log WHERE time_completed IS NULL").await),
-        (0, vec!["3".into()])
-    );
+    assert_eq!((report.timed_out, log.query(open).await), (0, vec!["3".into()]));
+}
+
+#[tokio::test]
+async fn rows_that_are_written_anew_in_the_midst_of_a_batch_are_swept_all_the_same() {
+    const ROWS: u32 = 30_000;
+    let log = Log::new().await;
+    log.start_many(ROWS).await;
+    let application = log.database.client().await.unwrap();
+    let ended = CancellationToken::new();
+    // Always a little ahead of the sweep, so that again and again a row is written between the snapshot of a batch and its lock.
+    let writing = async {
+        let sql = "UPDATE audit_log SET user_agent = 'x' WHERE id = (SELECT id FROM audit_log WHERE time_completed IS NULL \
+                   ORDER BY time_started OFFSET floor(random() * 900) LIMIT 1)";
+        while !ended.is_cancelled() {
+            application.execute(sql, &[]).await.unwrap();
+        }
+    };
+    let sweeping = async {
+        let report = log.sweep(json!({ "limit": ROWS, "batchSize": 500 })).await;
+        ended.cancel();
+        report
+    };
+    let (report, ()) = tokio::join!(sweeping, writing);
+    assert_eq!((report.outcome(), report.suppressed), (Outcome::Drained, 0), "{report:?}");
+    // Those that were being written were skipped; there was one at a time.
+    let open = log.open().await.len();
+    assert_eq!(i64::try_from(open).unwrap(), i64::from(ROWS) - report.timed_out);
+    assert!(open <= 60, "{open} rows were passed over");
 }
 
 #[tokio::test]
