@@ -6,10 +6,10 @@ use std::time::Duration;
 use futures::{StreamExt, stream};
 use kube::api::{ListParams, WatchParams};
 use kube::core::DeserializeGuard;
-use kube::runtime::reflector::Store;
+use kube::runtime::reflector::{self, Store};
 use kube::runtime::utils::Backoff;
-use kube::runtime::{Controller, controller, watcher};
-use kube::{Api, Client};
+use kube::runtime::{Controller, WatchStreamExt, controller, watcher};
+use kube::{Api, Client, ResourceExt};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -42,7 +42,9 @@ impl Scope {
         let scope = |name: String, objects: Objects| {
             let mut config = watcher::Config::default();
             config.label_selector.clone_from(&settings.selector);
-            let controller = Controller::new(objects.clone(), config).trigger_backoff(Retry::default());
+            let (store, writer) = reflector::store();
+            let seen = watcher(objects.clone(), config).modify(leave_out).reflect(writer).applied_objects();
+            let controller = Controller::for_stream(seen, store).trigger_backoff(Retry::default());
             Self { name, objects, selector: settings.selector.clone(), controller }
         };
         if settings.namespaces.is_empty() {
@@ -104,6 +106,13 @@ impl Scope {
             }
         }
     }
+}
+
+/// Who wrote which field, and the object as somebody applied it, are read by nobody here, and are most of what an object
+/// takes in memory.
+fn leave_out(object: &mut DeserializeGuard<AuditLogSweeper>) {
+    object.managed_fields_mut().clear();
+    object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
 }
 
 /// The pauses before a watch that failed is tried again: doubling, with jitter.
