@@ -34,6 +34,7 @@ use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::Store;
 use kube::{Client, Config, ResourceExt};
 use rustls::RootCertStore;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -101,6 +102,8 @@ pub struct Context {
     turns: Turns,
     /// Those of preflights, which answer to an edit: long sweeps do not keep them waiting.
     checks: Turns,
+    /// Of those that have something to do, so many are looked at at once: the rest takes little memory.
+    looks: Semaphore,
     recorder: Recorder,
     leadership: Leadership,
     /// What the watches have seen.
@@ -157,7 +160,7 @@ pub async fn run(
         Reporter { controller: "auditlog.dev/audit-log-sweeper".into(), instance: settings.instance.clone() };
     let client = clients.requests;
     let recorder = Recorder::new(client.clone(), reporter);
-    let server = ApiServer { client, instruments: metrics.instruments.clone(), readiness: readiness.clone() };
+    let server = ApiServer::new(client, metrics.instruments.clone(), readiness.clone());
     let stores: Arc<guard::Stores> = scopes.iter().map(Scope::store).collect();
     let context = Arc::new(Context {
         server,
@@ -165,6 +168,7 @@ pub async fn run(
         memories,
         turns,
         checks,
+        looks: Semaphore::new(resolve::AT_ONCE),
         recorder,
         leadership,
         stores,

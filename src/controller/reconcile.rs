@@ -11,6 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::core::DeserializeGuard;
 use kube::runtime::controller::Action;
 use kube::{Resource, ResourceExt};
+use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -22,7 +23,7 @@ use super::memory::Seen;
 use super::outcome::{Failure, Subject, Update};
 use super::resolve::ApiError;
 use super::stopping::{Pending, publish_update, unless};
-use super::turn::{ServerPermit, ServerTurn};
+use super::turn::{ServerPermit, Turns};
 use super::{Context, publish, resolve};
 use crate::api::AuditLogSweeper;
 use crate::api::conditions::{self, ConditionType};
@@ -93,31 +94,34 @@ async fn drive(
     context: &Context,
 ) -> Result<Option<DateTime<Utc>>, ApiError> {
     let pending = context.memories.get(uid).pending;
-    let mut object = match (&object.0, context.leadership.term()) {
-        (Ok(object), _) => object.clone(),
+    let seen = match (&object.0, context.leadership.term()) {
+        (Ok(object), _) => object,
         (Err(_), None) => return Ok(None),
         (Err(invalid), Some(term)) => {
-            let said = unless(&term, say_invalid(context, &invalid.metadata, &invalid.error)).await;
+            let said = unless(&term, Box::pin(say_invalid(context, &invalid.metadata, &invalid.error))).await;
             return said.transpose().map(|_| None);
         }
     };
+    // What was written since; till then what the watch has seen will do, which it has anyway.
+    let mut written: Option<Box<AuditLogSweeper>> = None;
     // Also without the lead: it is about what this replica did while it had it, and lays itself beneath later attempts.
     if let Some(pending) = pending {
-        match publish_update(context, &object, pending).await? {
-            Some(written) => object = written,
-            None => return Ok(None),
+        written = Box::pin(publish_update(context, seen, pending)).await?.map(Box::new);
+        if written.is_none() {
+            return Ok(None);
         }
     }
     // Whoever begins to lead looks at every object again.
     while let Some(term) = context.leadership.term() {
+        let object = written.as_deref().unwrap_or(seen);
         // What an older or looser CRD let in is not acted upon.
         let broken = context.memories.broken_rules(uid, &object.spec);
         if !broken.is_empty() {
-            let said = unless(&term, say_invalid(context, &object.metadata, &broken.join("; "))).await;
+            let said = unless(&term, Box::pin(say_invalid(context, &object.metadata, &broken.join("; ")))).await;
             return said.transpose().map(|_| None);
         }
-        match pass(&object, uid, context, &term).await? {
-            Pass::Again(written) => object = *written,
+        match pass(object, uid, context, &term).await? {
+            Pass::Again(object) => written = Some(object),
             Pass::Wait(next) => return Ok(next),
         }
     }
@@ -136,93 +140,152 @@ async fn pass(
     term: &CancellationToken,
 ) -> Result<Pass, ApiError> {
     let not_before = context.memories.get(uid).next;
-    let judge = |object: &AuditLogSweeper, subject: &Subject| {
-        decide(Utc::now(), subject, &object.status.clone().unwrap_or_default(), not_before)
-    };
-    if let Decision::Wait(next) = judge(object, &Subject::new(object)) {
+    if let Decision::Wait(next) = judge(object, &Subject::new(object), not_before) {
         return Ok(Pass::Wait(next));
     }
-    let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
-    let (mut permit, mut check_permit): (Option<ServerPermit>, Option<ServerPermit>) = (None, None);
+    let name = Named { namespace: object.namespace().unwrap_or_default(), name: object.name_any(), uid, not_before };
+    let mut permits = Permits::default();
     loop {
-        // The watch may lag behind, and what was true may no longer be when a sweep's turn comes: act on the object as
-        // it is now.
-        let selector = context.settings.selector.as_deref();
-        let selected = resolve::selected(&context.server, &namespace, &name, selector);
-        let object = match unless(term, selected).await.transpose()? {
-            Some(Some(DeserializeGuard(Ok(object))))
-                if object.uid().as_deref() == Some(uid)
-                    && context.memories.broken_rules(uid, &object.spec).is_empty() =>
-            {
-                object
-            }
-            // Stopped; or gone, replaced, invalid, or for others: the watch will tell.
-            _ => return Ok(Pass::Wait(None)),
+        let Some(Ok(look)) = unless(term, context.looks.acquire()).await else { return Ok(Pass::Wait(None)) };
+        let server = match Box::pin(act(&name, &mut permits, look, context, term)).await? {
+            Acted::Done(pass) => return Ok(pass),
+            Acted::Again => continue,
+            Acted::Queue(server) => server,
         };
-        let subject = Subject::new(&object);
-        let update = match judge(&object, &subject) {
-            Decision::Wait(next) => return Ok(Pass::Wait(next)),
-            Decision::Acknowledge => Update::Acknowledged { now: Utc::now() },
-            Decision::Suspend => {
-                info!(%namespace, name, "suspended");
-                Update::Suspended { now: Utc::now() }
-            }
-            Decision::Repair => {
-                warn!(%namespace, name, "a time in the status is one that no sweep can have; computing the schedule anew");
-                Update::Repaired { now: Utc::now() }
-            }
-            Decision::Preflight => {
-                // Never both: who holds one kind and waits for the other may wait for ever.
-                permit = None;
-                let Some(prepared) = unless(term, prepare(&object, &subject, context)).await else {
-                    return Ok(Pass::Wait(None));
-                };
-                if let Ok((_, target, _)) = &prepared {
-                    match context.checks.take(&target.servers(), &mut check_permit, term).await {
-                        ServerTurn::Come => {}
-                        ServerTurn::ComeLate => continue,
-                        ServerTurn::Over => return Ok(Pass::Wait(None)),
-                    }
-                }
-                let checking = async {
-                    let (plan, target, secrets) = prepared?;
-                    check(&plan, &target, &subject, secrets, context).await
-                };
-                // Nobody waits for the answer any more.
-                let Some(result) = unless(term, contained(checking)).await else { return Ok(Pass::Wait(None)) };
-                Update::Preflight { result: result.and_then(|result| result), now: Utc::now() }
-            }
-            Decision::Sweep(slot) => {
-                check_permit = None;
-                let Some(prepared) = unless(term, prepare(&object, &subject, context)).await else {
-                    return Ok(Pass::Wait(None));
-                };
-                let (job, secrets) = match prepared {
-                    Ok((plan, target, secrets)) => (Ok(job(&object, &slot, plan, target)), secrets),
-                    Err(failure) => (Err(failure), vec![]),
-                };
-                if let Ok(job) = &job {
-                    match context.turns.take(&job.target.servers(), &mut permit, term).await {
-                        ServerTurn::Come => {}
-                        ServerTurn::ComeLate => continue,
-                        ServerTurn::Over => return Ok(Pass::Wait(None)),
-                    }
-                }
-                let (start, checked) = (Utc::now(), None);
-                let attempt = Attempt { object: &object, subject: &subject, slot: &slot, job, secrets, start, checked };
-                let stop = term.child_token();
-                let made = attempt.make(context, &stop);
-                match guard::while_it_stays(&context.stores, &object, &stop, made).await? {
-                    Some(update) => update,
-                    None => continue,
-                }
-            }
-        };
-        drop((permit, check_permit));
-        let pending = Arc::new(Pending { base: object.clone(), subject, update });
-        let written = publish_update(context, &object, pending).await?;
-        return Ok(written.map_or(Pass::Wait(None), |written| Pass::Again(Box::new(written))));
+        let (turns, permit) = permits.wanted(context);
+        if !turns.wait(&server, permit, term).await {
+            return Ok(Pass::Wait(None));
+        }
     }
+}
+
+fn judge(object: &AuditLogSweeper, subject: &Subject, not_before: Option<DateTime<Utc>>) -> Decision {
+    decide(Utc::now(), subject, &object.status.clone().unwrap_or_default(), not_before)
+}
+
+/// Which object is worked on, and since when.
+struct Named<'a> {
+    namespace: String,
+    name: String,
+    uid: &'a str,
+    not_before: Option<DateTime<Utc>>,
+}
+
+/// The permit of a database server, of either kind. Never both: who holds one kind and waits for the other may wait for
+/// ever.
+#[derive(Default)]
+struct Permits {
+    for_preflight: bool,
+    permit: Option<ServerPermit>,
+}
+
+impl Permits {
+    /// Takes one at once, if that can be.
+    fn take_now(&mut self, for_preflight: bool, server: &str, context: &Context) -> bool {
+        if self.for_preflight != for_preflight {
+            *self = Self { for_preflight, permit: None };
+        }
+        let (turns, permit) = self.wanted(context);
+        turns.take_now(server, permit)
+    }
+
+    fn wanted<'a>(&mut self, context: &'a Context) -> (&'a Turns, &mut Option<ServerPermit>) {
+        (if self.for_preflight { &context.checks } else { &context.turns }, &mut self.permit)
+    }
+}
+
+/// What came of a look at the object.
+enum Acted {
+    Done(Pass),
+    /// The object is another by now.
+    Again,
+    /// It has to wait for its turn on this server, and then to be looked at again.
+    Queue(String),
+}
+
+/// Does what is due, if it is its turn. The watch may lag behind, and what was true may no longer be when the turn comes:
+/// the object is read as it is now.
+///
+/// What takes much room is on the heap while it lasts, and begins when it is the object's turn to be looked at: of very
+/// many objects most may be waiting for one another.
+async fn act(
+    name: &Named<'_>,
+    permits: &mut Permits,
+    look: SemaphorePermit<'_>,
+    context: &Context,
+    term: &CancellationToken,
+) -> Result<Acted, ApiError> {
+    let wait = |next| Ok(Acted::Done(Pass::Wait(next)));
+    let Named { namespace, name, uid, not_before } = name;
+    let selected = context.settings.selector.as_deref();
+    let selected = Box::pin(resolve::selected(&context.server, namespace, name, selected));
+    let object = match unless(term, selected).await.transpose()? {
+        Some(Some(DeserializeGuard(Ok(object))))
+            if object.uid().as_deref() == Some(*uid) && context.memories.broken_rules(uid, &object.spec).is_empty() =>
+        {
+            object
+        }
+        // Stopped; or gone, replaced, invalid, or for others: the watch will tell.
+        _ => return wait(None),
+    };
+    let subject = Subject::new(&object);
+    let update = match judge(&object, &subject, *not_before) {
+        Decision::Wait(next) => return wait(next),
+        Decision::Acknowledge => Update::Acknowledged { now: Utc::now() },
+        Decision::Suspend => {
+            info!(%namespace, name, "suspended");
+            Update::Suspended { now: Utc::now() }
+        }
+        Decision::Repair => {
+            warn!(%namespace, name, "a time in the status is one that no sweep can have; computing the schedule anew");
+            Update::Repaired { now: Utc::now() }
+        }
+        Decision::Preflight => {
+            let Some(prepared) = unless(term, Box::pin(prepare(&object, &subject, context))).await else {
+                return wait(None);
+            };
+            drop(look);
+            if let Ok((_, target, _)) = &prepared
+                && !permits.take_now(true, &target.servers(), context)
+            {
+                return Ok(Acted::Queue(target.servers()));
+            }
+            let checking = async {
+                let (plan, target, secrets) = prepared?;
+                check(&plan, &target, &subject, secrets, context).await
+            };
+            // Nobody waits for the answer any more.
+            let Some(result) = unless(term, Box::pin(contained(checking))).await else { return wait(None) };
+            Update::Preflight { result: result.and_then(|result| result), now: Utc::now() }
+        }
+        Decision::Sweep(slot) => {
+            let Some(prepared) = unless(term, Box::pin(prepare(&object, &subject, context))).await else {
+                return wait(None);
+            };
+            drop(look);
+            let (job, secrets) = match prepared {
+                Ok((plan, target, secrets)) => (Ok(job(&object, &slot, plan, target)), secrets),
+                Err(failure) => (Err(failure), vec![]),
+            };
+            if let Ok(job) = &job
+                && !permits.take_now(false, &job.target.servers(), context)
+            {
+                return Ok(Acted::Queue(job.target.servers()));
+            }
+            let (start, checked) = (Utc::now(), None);
+            let attempt = Attempt { object: &object, subject: &subject, slot: &slot, job, secrets, start, checked };
+            let stop = term.child_token();
+            let made = Box::pin(attempt.make(context, &stop));
+            match guard::while_it_stays(&context.stores, &object, &stop, made).await? {
+                Some(update) => update,
+                None => return Ok(Acted::Again),
+            }
+        }
+    };
+    permits.permit = None;
+    let pending = Arc::new(Pending { base: object.clone(), subject, update });
+    let written = Box::pin(publish_update(context, &object, pending)).await?;
+    Ok(Acted::Done(written.map_or(Pass::Wait(None), |written| Pass::Again(Box::new(written)))))
 }
 
 /// What a sweep or a preflight of the object needs: with the resourceVersions of the Secrets that it was made of.
@@ -384,4 +447,20 @@ fn resume_after(object: &AuditLogSweeper) -> Option<Cursor> {
     let at = status.unsweepable.as_ref().filter(|_| status.observed_generation == object.metadata.generation)?;
     let at = at.resume_after.as_ref()?;
     at.is_plausible().then(|| Cursor { time_started: at.time_started.clone(), id: at.id.clone() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, F: Future>(_: fn(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// Ten thousand may wait for their turns at the same time.
+    #[test]
+    fn a_reconcile_that_waits_is_small() {
+        let size = size(reconcile);
+        assert!(size <= 1024, "{size} bytes");
+    }
 }

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::ListParams;
 use kube::core::DeserializeGuard;
 use kube::{Api, Client, ResourceExt};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::outcome::Failure;
@@ -20,6 +22,10 @@ use crate::telemetry::metrics::{Instruments, Operation};
 
 /// The longest that one API request may take, its retries by the client included.
 pub const API_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The most requests under way at once. Each has a connection, with buffers: of very many objects that are due together,
+/// those would be most of the memory, and a burst that the API server does not need.
+pub const AT_ONCE: usize = 32;
 
 /// What the API server says when a status has a field that its CRD does not know.
 const UNKNOWN_FIELD: &str = "field not declared in schema";
@@ -90,10 +96,11 @@ pub fn text(error: &(dyn Error + 'static)) -> String {
 #[derive(Clone)]
 pub struct ApiServer {
     pub client: Client,
+    at_once: Arc<Semaphore>,
     /// Counts the requests that fail.
     pub instruments: Instruments,
     /// Is told what the operator lacks.
-    pub readiness: Readiness,
+    readiness: Readiness,
 }
 
 impl std::fmt::Debug for ApiServer {
@@ -103,12 +110,22 @@ impl std::fmt::Debug for ApiServer {
 }
 
 impl ApiServer {
-    /// Waits for a request, but not for ever, and counts it if it fails.
+    /// By way of this client.
+    pub fn new(client: Client, instruments: Instruments, readiness: Readiness) -> Self {
+        Self { client, at_once: Arc::new(Semaphore::new(AT_ONCE)), instruments, readiness }
+    }
+
+    /// Waits for a request, but not for ever once it is sent, and counts it if it fails.
     pub async fn within<T>(
         &self,
         operation: Operation,
         request: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, ApiError> {
+        // Nobody closes it. Whether the API server answers at all is asked without waiting for others.
+        let _permit = match operation {
+            Operation::Watch => None,
+            _ => self.at_once.acquire().await.ok(),
+        };
         let answer = timeout(API_TIMEOUT, request).await.map_err(|_| ApiError::Timeout(API_TIMEOUT));
         let answer = answer.and_then(|answer| answer.map_err(ApiError::from));
         if answer.as_ref().is_err_and(ApiError::is_failure) {
@@ -144,6 +161,13 @@ impl ApiServer {
     }
 }
 
+/// Leaves out what nobody here reads, and what is most of an object in memory: who wrote which field, and the object as
+/// somebody applied it.
+pub fn leave_out(object: &mut DeserializeGuard<AuditLogSweeper>) {
+    object.managed_fields_mut().clear();
+    object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
+}
+
 /// The object as it is now, since the watch may lag behind; None: it is gone.
 pub async fn object(
     server: &ApiServer,
@@ -151,9 +175,10 @@ pub async fn object(
     name: &str,
 ) -> Result<Option<DeserializeGuard<AuditLogSweeper>>, ApiError> {
     let api: Api<DeserializeGuard<AuditLogSweeper>> = Api::namespaced(server.client.clone(), namespace);
-    let object = server.essential(Operation::GetObject, namespace, api.get_opt(name)).await?;
-    if object.is_none() {
-        server.forget(namespace);
+    let mut object = server.essential(Operation::GetObject, namespace, api.get_opt(name)).await?;
+    match &mut object {
+        Some(object) => leave_out(object),
+        None => server.forget(namespace),
     }
     Ok(object)
 }
@@ -169,7 +194,9 @@ pub async fn selected(
     let Some(selector) = selector else { return object(server, namespace, name).await };
     let api: Api<DeserializeGuard<AuditLogSweeper>> = Api::namespaced(server.client.clone(), namespace);
     let one = ListParams::default().labels(selector).fields(&format!("metadata.name={name}"));
-    Ok(server.within(Operation::GetObject, api.list(&one)).await?.items.pop())
+    let mut object = server.within(Operation::GetObject, api.list(&one)).await?.items.pop();
+    object.iter_mut().for_each(leave_out);
+    Ok(object)
 }
 
 /// Where the object's database is, from the Secrets as they are now, and the resourceVersions of those.
@@ -177,7 +204,7 @@ pub async fn target(
     server: &ApiServer,
     namespace: &str,
     object: &AuditLogSweeper,
-    default_roots: &std::sync::Arc<rustls::RootCertStore>,
+    default_roots: &Arc<rustls::RootCertStore>,
 ) -> Result<(Target, Vec<String>), Failure> {
     let database = &object.spec.database;
     let (mut secrets, mut versions) = (BTreeMap::new(), vec![]);

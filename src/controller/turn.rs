@@ -27,17 +27,6 @@ pub struct ServerPermit {
     _permit: OwnedSemaphorePermit,
 }
 
-/// A server's turn, for one who may have waited for another's before.
-#[derive(Debug)]
-pub enum ServerTurn {
-    /// It is there.
-    Come,
-    /// It is there, and what was true before may no longer be.
-    ComeLate,
-    /// It will not come.
-    Over,
-}
-
 /// A permit, and whether it had to be waited for: then what was true before may no longer be.
 #[derive(Debug)]
 pub struct Granted<T> {
@@ -58,20 +47,25 @@ impl Turns {
         Some(Granted { permit: ServerPermit { server: server.to_owned(), _permit: permit }, waited })
     }
 
-    /// Waits until `permit` is one of the server's. Gives another back first: who holds one and waits for another may
-    /// wait for ever.
-    pub async fn take(&self, server: &str, permit: &mut Option<ServerPermit>, stop: &CancellationToken) -> ServerTurn {
-        if permit.as_ref().is_some_and(|permit| permit.is_for(server)) {
-            return ServerTurn::Come;
+    /// Whether `permit` is one of the server's, or becomes one at once. Gives another back: who holds one and waits for
+    /// another may wait for ever.
+    pub fn take_now(&self, server: &str, permit: &mut Option<ServerPermit>) -> bool {
+        if permit.as_ref().is_none_or(|permit| !permit.is_for(server)) {
+            drop(permit.take());
+            let taken = self.semaphore(server).try_acquire_owned().ok();
+            *permit = taken.map(|permit| ServerPermit { server: server.to_owned(), _permit: permit });
         }
-        drop(permit.take());
+        permit.is_some()
+    }
+
+    /// Waits until `permit` is one of the server's: what was true before may no longer be. False: it is stopped before.
+    pub async fn wait(&self, server: &str, permit: &mut Option<ServerPermit>, stop: &CancellationToken) -> bool {
         let granted = tokio::select! {
             granted = self.on_server(server) => granted,
             () = stop.cancelled() => None,
         };
-        let Some(granted) = granted else { return ServerTurn::Over };
-        *permit = Some(granted.permit);
-        if granted.waited { ServerTurn::ComeLate } else { ServerTurn::Come }
+        *permit = granted.map(|granted| granted.permit);
+        permit.is_some()
     }
 
     /// Waits for one of the permits for all, in the order of arrival.
@@ -132,18 +126,36 @@ mod tests {
     async fn a_permit_is_given_back_before_another_is_waited_for_and_a_stop_ends_the_wait() {
         let (turns, stop) = (Turns::new(1, 1), CancellationToken::new());
         let mut permit = None;
-        assert!(matches!(turns.take("a", &mut permit, &stop).await, ServerTurn::Come));
-        assert!(matches!(turns.take("a", &mut permit, &stop).await, ServerTurn::Come));
+        assert!(turns.take_now("a", &mut permit));
+        assert!(turns.take_now("a", &mut permit));
         let other = turns.on_server("b").await.unwrap();
-        let waiting = turns.take("b", &mut permit, &stop);
+        assert!(!turns.take_now("b", &mut permit) && permit.is_none());
+        let waiting = async {
+            assert!(turns.wait("b", &mut permit, &stop).await && permit.is_some_and(|permit| permit.is_for("b")));
+        };
         tokio::pin!(waiting);
         assert!(timeout(Duration::from_millis(10), &mut waiting).await.is_err());
         assert!(!turns.on_server("a").await.unwrap().waited);
         drop(other);
-        assert!(matches!(waiting.await, ServerTurn::ComeLate));
+        waiting.await;
         let (mut none, stopped) = (None, CancellationToken::new());
         stopped.cancel();
-        assert!(matches!(turns.take("b", &mut none, &stopped).await, ServerTurn::Over) && none.is_none());
+        assert!(turns.take_now("b", &mut none));
+        let mut queued = None;
+        assert!(!turns.take_now("b", &mut queued) && !turns.wait("b", &mut queued, &stopped).await && queued.is_none());
+    }
+
+    #[tokio::test]
+    async fn nobody_overtakes_who_waits() {
+        let (turns, stop) = (Turns::new(1, 1), CancellationToken::new());
+        let (mut first, mut second, mut third) = (None, None, None);
+        assert!(turns.take_now("a", &mut first));
+        let waiting = turns.wait("a", &mut second, &stop);
+        tokio::pin!(waiting);
+        assert!(timeout(Duration::from_millis(10), &mut waiting).await.is_err());
+        drop(first);
+        assert!(!turns.take_now("a", &mut third));
+        assert!(waiting.await);
     }
 
     #[tokio::test]

@@ -9,13 +9,13 @@ use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{self, Store};
 use kube::runtime::utils::Backoff;
 use kube::runtime::{Controller, WatchStreamExt, controller, watcher};
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, Client};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::resolve::{ApiError, ApiServer, text};
-use super::{Context, Settings, reconcile};
+use super::{Context, Settings, reconcile, resolve};
 use crate::api::AuditLogSweeper;
 use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::Operation;
@@ -43,7 +43,7 @@ impl Scope {
             let mut config = watcher::Config::default();
             config.label_selector.clone_from(&settings.selector);
             let (store, writer) = reflector::store();
-            let seen = watcher(objects.clone(), config).modify(leave_out).reflect(writer).applied_objects();
+            let seen = watcher(objects.clone(), config).modify(resolve::leave_out).reflect(writer).applied_objects();
             let controller = Controller::for_stream(seen, store).trigger_backoff(Retry::default());
             Self { name, objects, selector: settings.selector.clone(), controller }
         };
@@ -106,13 +106,6 @@ impl Scope {
             }
         }
     }
-}
-
-/// Who wrote which field, and the object as somebody applied it, are read by nobody here, and are most of what an object
-/// takes in memory.
-fn leave_out(object: &mut DeserializeGuard<AuditLogSweeper>) {
-    object.managed_fields_mut().clear();
-    object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
 }
 
 /// The pauses before a watch that failed is tried again: doubling, with jitter.
