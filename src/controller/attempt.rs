@@ -11,6 +11,7 @@ use crate::api::status::{
     remember, whole_seconds,
 };
 use crate::sweep::preflight::Checked;
+use crate::sweep::run::NAMED;
 use crate::sweep::{Class, Report};
 
 /// So many failures, and so long, until a missing Secret, table or grant counts as nobody's passing trouble.
@@ -57,7 +58,10 @@ impl Attempt<'_> {
         let sweep = self.last_sweep(report);
         // An attempt that did not get to the rows says nothing about them.
         if let Some((database, after)) = report.database_time {
-            status.unsweepable = unsweepable(report);
+            // A retry goes on behind what the attempts before it were refused.
+            let before =
+                status.unsweepable.take().filter(|before| slot.continues.is_some() && before.resume_after.is_some());
+            status.unsweepable = unsweepable(report, before);
             let ours = start + TimeDelta::from_std(after).unwrap_or_default();
             status.clock_skew_milliseconds = Some((ours - database).num_milliseconds());
         }
@@ -148,20 +152,19 @@ impl Attempt<'_> {
             Outcome::Drained | Outcome::Failed | Outcome::Stopped => Reason::Swept,
         };
         let schema = verdicts::schema(checked, &status.conditions);
-        healthy(reason, &summary(report, sweep), schema, verdicts::bounded(subject, report))
+        let refused = status.unsweepable.as_ref().map_or(0, |refused| refused.count);
+        healthy(reason, &summary(report, sweep, refused), schema, verdicts::bounded(subject, report, refused))
     }
 }
 
 /// A sweep that went well in one line.
-fn summary(report: &Report, sweep: &LastSweep) -> String {
+fn summary(report: &Report, sweep: &LastSweep, refused: i64) -> String {
     let backlog = report.backlog.as_ref().filter(|backlog| backlog.remaining > 0);
     let left = backlog.map_or_else(String::new, |backlog| format!("; {} stale rows are left", backlog.display));
-    let refused = match report.refused {
-        0 => String::new(),
-        rows => {
-            let why = report.refused_why.as_deref().unwrap_or_default();
-            format!("; {rows} rows were refused, see status.unsweepable; the first because {why}")
-        }
+    let refused = match (refused, &report.refused_why) {
+        (0, _) => String::new(),
+        (rows, None) => format!("; {rows} rows were refused, see status.unsweepable and status.lastError"),
+        (rows, Some(why)) => format!("; {rows} rows were refused, see status.unsweepable; one of them because {why}"),
     };
     let ended = match sweep.outcome {
         Outcome::Observed => return format!("changed nothing, as spec.mode says{left}{refused}"),
@@ -173,14 +176,15 @@ fn summary(report: &Report, sweep: &LastSweep) -> String {
     format!("completed {} rows, {ended}{left}{refused}", sweep.timed_out)
 }
 
-fn unsweepable(report: &Report) -> Option<Unsweepable> {
+/// What the database refused in the sweep, `before` being what it refused its earlier attempts.
+fn unsweepable(report: &Report, before: Option<Unsweepable>) -> Option<Unsweepable> {
     let resume_after = report.resume_after.as_ref();
     let resume_after = resume_after.map(|at| ResumeAfter { time_started: at.time_started.clone(), id: at.id.clone() });
-    (report.refused > 0 || resume_after.is_some()).then(|| Unsweepable {
-        count: report.refused,
-        ids: report.refused_ids.clone(),
-        resume_after,
-    })
+    let Unsweepable { count, mut ids, .. } = before.unwrap_or_default();
+    let count = count.saturating_add(report.refused);
+    ids.extend(report.refused_ids.iter().cloned());
+    ids.truncate(NAMED);
+    (count > 0 || resume_after.is_some()).then_some(Unsweepable { count, ids, resume_after })
 }
 
 /// Lays a failure over the status: retried, at the latest at the `next` slot.

@@ -120,13 +120,13 @@ fn not_suspended() -> Verdict {
 }
 
 /// Whether the sweeps keep up, after one that counted what is left. The database's clock judges.
-pub(super) fn bounded(subject: &Subject, report: &Report) -> Verdict {
+pub(super) fn bounded(subject: &Subject, report: &Report, refused: i64) -> Verdict {
     let type_ = BacklogBounded;
     let (Some(backlog), Some(cutoff)) = (&report.backlog, report.cutoff) else {
         return Verdict::new(type_, None, Reason::NotObserved, "the last sweep ended before it counted what is left");
     };
     let Backlog { display, oldest_time_started, .. } = backlog;
-    let advice = match (subject.spec.mode, report.refused) {
+    let advice = match (subject.spec.mode, refused) {
         (Mode::Observe, _) => "spec.mode Observe sweeps nothing: set it to Apply",
         (Mode::Apply, 0) => "raise spec.limit or shorten spec.period",
         (Mode::Apply, _) => "the database refuses rows: see status.unsweepable",

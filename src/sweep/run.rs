@@ -33,7 +33,7 @@ const LOCKED: u32 = 3;
 const LEAST_TIME: Duration = Duration::from_millis(20);
 
 /// So many of them are named.
-const NAMED: usize = 10;
+pub const NAMED: usize = 10;
 
 /// From this many completed rows on, the backlog is counted from where the sweep stopped: the index entries of rows
 /// just completed would have to be read again.
@@ -204,12 +204,7 @@ impl Sweep<'_> {
     }
 
     /// Completes batches until nothing is left or something ends it; also returns how far it looked.
-    async fn batches(
-        &mut self,
-        cutoff: &str,
-        mut join: Join,
-        limit: i64,
-    ) -> Result<(Ended, Option<Cursor>), Error> {
+    async fn batches(&mut self, cutoff: &str, mut join: Join, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
         let mut pace = Pace::new(self.plan.batch_size);
         let mut cursor = self.resume_after.clone();
         let mut trouble = Trouble::default();
@@ -350,13 +345,7 @@ impl Sweep<'_> {
     }
 
     /// Runs one batch up to its COMMIT.
-    async fn batch(
-        &mut self,
-        cutoff: &str,
-        cursor: Option<&Cursor>,
-        size: i64,
-        join: Join,
-    ) -> Result<Tried, Error> {
+    async fn batch(&mut self, cutoff: &str, cursor: Option<&Cursor>, size: i64, join: Join) -> Result<Tried, Error> {
         let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(Tried::Early(self.cause())) };
         let sql = statement::batch(self.plan, cutoff, cursor, size, join, statement_timeout);
         match self.ask_for_rows(Step::Batch, &sql, statement_timeout).await? {

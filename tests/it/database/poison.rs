@@ -192,6 +192,22 @@ async fn the_status_names_refused_rows_and_the_sweep_stays_ready() {
 }
 
 #[tokio::test]
+async fn a_retry_behind_refused_rows_forgets_none_of_them() {
+    let (log, operator) = (Log::new().await, Operator::new().await);
+    log.start_many(20).await;
+    log.before_update("IF right(NEW.id::text, 2)::int <= 8 THEN RAISE EXCEPTION 'no'; END IF;").await;
+    operator.secret_for(&log).await;
+    operator.apply("app", json!({ "timeout": "1h" })).await;
+    // Eight in a row end the first attempt; the retry finds none behind them.
+    let status = operator.until("app", "the retry", |s| s["lastSweep"]["attempts"] == json!(2)).await;
+    assert_eq!(log.timed_out().await, (9..=20).collect::<Vec<_>>());
+    assert_eq!(status["unsweepable"], json!({ "count": 8, "ids": (1..=8).map(id).collect::<Vec<_>>() }));
+    assert!(has(&status, "Ready=True/Swept") && has(&status, "BacklogBounded=False/FallingBehind"), "{status:#}");
+    let messages = status["conditions"].to_string();
+    assert!(messages.contains("8 rows were refused") && messages.contains("see status.unsweepable\""), "{messages}");
+}
+
+#[tokio::test]
 async fn observe_counts_by_the_same_selection_and_changes_nothing() {
     let (log, operator) = (Log::new().await, Operator::new().await);
     log.start_many(5).await;
