@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::api::AuditLogSweeperSpec;
 use crate::api::conditions::{self, ConditionType};
+use crate::api::spec::Mode;
 use crate::api::status::{AuditLogSweeperStatus, Outcome, Trigger};
 
 /// A gauge that each object has.
@@ -40,11 +41,15 @@ pub const GAUGES: [Gauge; 10] = [
     },
     Gauge {
         name: "backlog_bounded",
-        help: "Whether the condition BacklogBounded is True or False: 1 or 0",
-        value: |_, status| match conditions::find(&status.conditions, ConditionType::BacklogBounded)?.status.as_str() {
-            "True" => Some(1),
-            "False" => Some(0),
-            _ => None,
+        help: "Whether the condition BacklogBounded is True or False: 1 or 0. Not of an object that only observes",
+        value: |spec, status| {
+            let condition = conditions::find(&status.conditions, ConditionType::BacklogBounded)?;
+            match condition.status.as_str() {
+                _ if spec.mode == Mode::Observe => None,
+                "True" => Some(1),
+                "False" => Some(0),
+                _ => None,
+            }
         },
     },
     Gauge {
