@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use hyper_util::client::proxy::matcher::Matcher;
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::{ApiResource, DynamicObject, ListParams, Patch, PatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
@@ -111,6 +112,32 @@ impl std::fmt::Debug for Cluster {
     }
 }
 
+/// What a KUBECONFIG of several files holds, of those that are there, as kubectl takes it. None: it names one, or none.
+fn several() -> Result<Option<Kubeconfig>, KubeconfigError> {
+    let listed = std::env::var_os("KUBECONFIG").unwrap_or_default();
+    let paths: Vec<PathBuf> = std::env::split_paths(&listed).collect();
+    if paths.len() < 2 {
+        return Ok(None);
+    }
+    let mut whole = None;
+    for path in paths.iter().filter(|path| path.is_file()) {
+        let next = Kubeconfig::read_from(path)?;
+        whole = Some(whole.map_or(Ok(next.clone()), |whole: Kubeconfig| whole.merge(next))?);
+    }
+    Ok(whole)
+}
+
+/// Does without a proxy that the environment names where NO_PROXY excepts the cluster; kube looks for the proxy's own host
+/// there.
+pub fn choose_proxy(config: &mut Config) {
+    let of_environment =
+        ["HTTPS_PROXY", "https_proxy"].iter().filter_map(|name| std::env::var(name).ok()?.parse().ok());
+    let named = of_environment.into_iter().any(|proxy| Some(&proxy) == config.proxy_url.as_ref());
+    if named && Matcher::from_env().intercept(&config.cluster_url).is_none() {
+        config.proxy_url = None;
+    }
+}
+
 impl Cluster {
     /// Reads the kubeconfig, or in a pod its service account. Asks nothing yet.
     ///
@@ -118,8 +145,10 @@ impl Cluster {
     /// When there is none, or it cannot be used.
     pub async fn connect(args: &ClusterArgs) -> Result<Self, ClusterError> {
         let options = KubeConfigOptions { context: args.context.clone(), ..KubeConfigOptions::default() };
-        let config = match &args.kubeconfig {
-            Some(path) => Config::from_custom_kubeconfig(Kubeconfig::read_from(path)?, &options).await?,
+        let named =
+            args.kubeconfig.as_ref().map(Kubeconfig::read_from).or_else(|| several().transpose()).transpose()?;
+        let mut config = match named {
+            Some(kubeconfig) => Config::from_custom_kubeconfig(kubeconfig, &options).await?,
             None => match Config::from_kubeconfig(&options).await {
                 Ok(config) => config,
                 // In a pod there is no kubeconfig; whoever names a context means one.
@@ -127,6 +156,7 @@ impl Cluster {
                 Err(error) => Config::incluster().map_err(|_| ClusterError::from(error))?,
             },
         };
+        choose_proxy(&mut config);
         let (url, namespace) = (config.cluster_url.to_string(), config.default_namespace.clone());
         let namespace = args.namespace.clone().unwrap_or(namespace);
         let client = Client::try_from(config).map_err(|error| ClusterError::NoCluster(chain(&error)))?;

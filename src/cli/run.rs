@@ -12,6 +12,7 @@ use anyhow::Context;
 use clap::{ArgAction, Args};
 use tokio_util::sync::CancellationToken;
 
+use super::cluster::choose_proxy;
 use super::{default_roots, stop_signal};
 use crate::api;
 use crate::controller::lease::{self, Leadership, LeaseSettings};
@@ -30,8 +31,8 @@ pub struct Run {
     /// Work on objects with these labels only, such as shard=a: several installs may share a cluster
     #[arg(long)]
     selector: Option<String>,
-    /// Where to serve /healthz, /readyz and /metrics
-    #[arg(long, default_value = "0.0.0.0:8080")]
+    /// Where to serve /healthz, /readyz and /metrics; [::] is all addresses, of IPv4 too
+    #[arg(long, default_value = "[::]:8080")]
     health_address: SocketAddr,
     /// The most sweeps at once, and as many checks after an edit
     #[arg(long, default_value = "10", value_parser = clap::value_parser!(u16).range(1..))]
@@ -158,10 +159,10 @@ async fn operate(args: Run) -> anyhow::Result<()> {
     let (stop, signals) = stop_signal().context("cannot listen for signals")?;
     let default_roots = default_roots()?;
     let no_cluster = "cannot find a cluster: run in a pod, or set KUBECONFIG to a kubeconfig file";
-    let config = kube::Config::infer().await.context(no_cluster)?;
+    let mut config = kube::Config::infer().await.context(no_cluster)?;
+    choose_proxy(&mut config);
     let clients = Clients::new(config).context(no_cluster)?;
     let listener = http::listen(args.health_address)
-        .await
         .with_context(|| format!("cannot listen on {} (--health-address)", args.health_address))?;
     let (lease, leader_elect) = (args.lease(&clients.requests), args.leader_elect);
     let settings = Settings {

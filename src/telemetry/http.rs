@@ -1,12 +1,13 @@
 //! Serves `/healthz` (the process serves), `/readyz` (it is able to work, or what it waits for) and `/metrics`.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::routing::get;
+use socket2::{Domain, Socket, Type};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +16,9 @@ use super::metrics::Metrics;
 /// What the process waits for, if it does: a text for each of its parts that is not able to work.
 #[derive(Clone, Debug)]
 pub struct Readiness(Arc<Mutex<BTreeMap<String, String>>>);
+
+/// So many connections may wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// The part that waits until all others have said what they wait for.
 const START: &str = "start";
@@ -47,12 +51,29 @@ impl Readiness {
     }
 }
 
-/// Listens on `address`.
+/// Listens on `address`. The unspecified address of IPv6 stands for all of both kinds: a cluster may have either alone.
 ///
 /// # Errors
 /// When the address cannot be had.
-pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
-    TcpListener::bind(address).await
+pub fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let bound = bind(address);
+    if bound.is_err() && address.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED) {
+        return bind((Ipv4Addr::UNSPECIFIED, address.port()).into());
+    }
+    bound
+}
+
+fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    if address.is_ipv6() {
+        // Whatever the machine's default is.
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
 }
 
 /// Serves until `stop`.
@@ -86,7 +107,20 @@ pub async fn serve(
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpStream;
+
     use super::*;
+
+    #[tokio::test]
+    async fn all_addresses_are_those_of_both_kinds() {
+        let listener = listen("[::]:0".parse().unwrap()).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        if std::net::TcpListener::bind("[::1]:0").is_ok() {
+            TcpStream::connect(("::1", port)).await.unwrap();
+        }
+        assert!(listen(listener.local_addr().unwrap()).is_err(), "taken");
+    }
 
     #[test]
     fn nothing_is_ready_before_every_part_has_said_what_it_waits_for() {

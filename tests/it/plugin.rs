@@ -467,3 +467,30 @@ fn colours_are_for_terminals_and_for_those_who_want_them() {
     let (_, json, _) = ran(&mut status(&["-o", "json"]));
     assert_eq!(serde_json::from_str::<Value>(&json).unwrap()["items"].as_array().unwrap().len(), 3);
 }
+
+#[tokio::test]
+async fn a_kubeconfig_of_several_files_and_a_proxy_are_taken_as_kubectl_takes_them() {
+    let operator = Operator::new().await;
+    let config = operator
+        .user(
+            "reader",
+            &[json!({ "apiGroups": ["auditlog.dev"], "resources": ["auditlogsweepers"], "verbs": ["list"] })],
+        )
+        .await;
+    let status = |variables: &[(&str, &str)]| {
+        let mut command = ours(&["status", "-n", &operator.namespace]);
+        ran(command.env("KUBECONFIG", &config).envs(variables.iter().copied()))
+    };
+    let listed = format!("/nowhere/config:{}:/nowhere/else", config.display());
+    let (code, _, err) = status(&[("KUBECONFIG", &listed)]);
+    assert_eq!(code, 0, "{err}");
+
+    // Nobody is there.
+    let proxy = "http://127.0.0.1:1";
+    let (code, _, err) = status(&[("HTTPS_PROXY", proxy)]);
+    assert!(code == 1 && err.contains("cannot reach the API server"), "{code}: {err}");
+    for hosts in ["127.0.0.1,localhost", "127.0.0.0/8,.local", "*"] {
+        let (code, _, err) = status(&[("HTTPS_PROXY", proxy), ("NO_PROXY", hosts)]);
+        assert_eq!(code, 0, "{hosts}: {err}");
+    }
+}
