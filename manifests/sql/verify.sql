@@ -24,6 +24,11 @@ CROSS JOIN LATERAL (VALUES
         SELECT bool_and(has_column_privilege(sweeper, log, name, 'UPDATE'))
         FROM unnest('{time_completed,result_kind}'::text[]) AS name WHERE log IS NOT NULL
     ), 'role.sql'),
-    -- Any of these, on the table as a whole.
-    ('no right to more than that', NOT has_table_privilege(sweeper, log, 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE'), 'REVOKE')
+    -- Any of these on the table as a whole, or a look at what else is in a row.
+    ('no right to more than that', NOT has_table_privilege(sweeper, log, 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE') AND NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = log AND a.attnum > 0 AND NOT a.attisdropped
+            AND a.attname NOT IN ('id', 'time_started', 'time_completed')
+            AND has_column_privilege(sweeper, log, a.attnum, 'SELECT')
+    ), 'REVOKE')
 ) AS checks (wanted, found, mended_by);

@@ -47,7 +47,8 @@ pub async fn check(args: Check) -> ExitCode {
     if args.name.is_some() && checked.findings.iter().any(|finding| AWAY.contains(&finding.reason)) {
         note(
             "note: this was looked at from here, not from the operator's pod. Where only pods reach the database, use \
-             `kubectl port-forward` and --database-url",
+             `kubectl port-forward` and --database-url 'postgresql://USER:PASSWORD@HOST/DATABASE?hostaddr=127.0.0.1', \
+             where HOST is the name in its certificate",
         );
     }
     if checked.ready() { written } else { ExitCode::from(1) }

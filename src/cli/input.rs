@@ -19,7 +19,7 @@ use crate::telemetry::LogLevel;
 /// How the database is found without its Secret, and how to tell of it.
 #[derive(Debug, Args)]
 pub struct Source {
-    /// URI of the database, in place of the Secret [env: DATABASE_URL, which no other user of the machine sees]
+    /// URI of the database, in place of the Secret [env: DATABASE_URL, which no other user of the machine sees; with --file]
     #[arg(long)]
     database_url: Option<String>,
     /// How the result is printed

@@ -154,10 +154,11 @@ async fn the_crd_has_one_owner_and_another_release_can_take_it_over() {
 
     // In another namespace after the first is gone; by the command of the notes.
     let notes = cluster.helm(&["get", "notes", RELEASE.1, "-n", RELEASE.0]);
+    let notes = notes.replace("\\\n", "");
     let take_over = notes.lines().find(|line| line.starts_with("helm ")).expect("a command in the notes");
     let take_over = |namespace: &str| {
         let line = take_over.replace("RELEASE", "other").replace("CHART", &chart).replace("NAMESPACE", namespace);
-        cluster.helm(&line.split(' ').skip(1).chain(["--create-namespace"]).collect::<Vec<_>>());
+        cluster.helm(&line.split_whitespace().skip(1).chain(["--create-namespace"]).collect::<Vec<_>>());
     };
     cluster.helm(&["uninstall", RELEASE.1, "-n", RELEASE.0]);
     let elsewhere = ["install", "other", &chart, "-n", "elsewhere", "--create-namespace"];
@@ -166,11 +167,31 @@ async fn the_crd_has_one_owner_and_another_release_can_take_it_over() {
     assert_eq!((cluster.uid(), cluster.owner()), (uid.clone(), owner("elsewhere", "other")));
 
     // From a release that is still there, which then leaves it alone, gone or not.
+    cluster.helm(&[
+        "install",
+        "other",
+        &chart,
+        "-n",
+        "third",
+        "--create-namespace",
+        "--set",
+        "selector=shard=c,crds.enabled=false",
+    ]);
     take_over("third");
     let disown = ["upgrade", "other", &chart, "-n", "elsewhere", "--set", "crds.enabled=false"];
     assert_eq!(cluster.owner(), owner("third", "other"));
+    assert!(args("third", "other-audit-log-sweeper").contains("--selector=shard=c"), "what it was told before stands");
+    // Nobody lost a right to the other of the same name.
+    let may = |namespace: &str| {
+        let user = format!("--as=system:serviceaccount:{namespace}:other-audit-log-sweeper");
+        let answer = cluster.0.kubectl().args(["auth", "can-i", "watch", "als", "-A", &user]).output().unwrap();
+        String::from_utf8_lossy(&answer.stdout).trim() == "yes"
+    };
+    assert!(may("elsewhere") && may("third"));
     cluster.helm(&disown);
+    assert!(may("elsewhere") && may("third"));
     cluster.helm(&["uninstall", "other", "-n", "elsewhere"]);
+    assert!(!may("elsewhere") && may("third"));
     assert_eq!((cluster.uid(), cluster.owner()), (uid, owner("third", "other")));
     cluster.helm(&["uninstall", "other", "-n", "third"]);
 

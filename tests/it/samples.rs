@@ -269,10 +269,30 @@ async fn the_sql_can_be_run_again_and_says_what_is_missing() {
         ("REVOKE SELECT (id) ON audit_log FROM audit_log_sweeper", "its right to read the key and the times"),
         ("REVOKE UPDATE (result_kind) ON audit_log FROM audit_log_sweeper", "its right to complete a row"),
         ("GRANT DELETE ON audit_log TO audit_log_sweeper", "no right to more than that"),
+        ("GRANT SELECT (request_uri) ON audit_log TO audit_log_sweeper", "no right to more than that"),
     ] {
         admin.batch_execute(sql).await.unwrap();
         assert_eq!(missing().await, [wanted], "{sql}");
         admin.batch_execute("REVOKE ALL ON audit_log FROM audit_log_sweeper").await.unwrap();
         admin.batch_execute(&manifests("sql/role.sql")).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn the_batch_for_those_without_the_operator_takes_what_a_sweep_takes() {
+    let log = Log::new().await;
+    log.start_many(1003).await;
+    log.start(2000, "3 h").await;
+    assert_eq!(log.complete(7).await, 1);
+    let mut application = log.database.client().await.unwrap();
+    let transaction = application.transaction().await.unwrap();
+    transaction.execute("UPDATE audit_log SET user_agent = 'x' WHERE request_id <> '' AND id = (SELECT min(id::text) FROM audit_log)::uuid", &[]).await.unwrap();
+
+    // The oldest 1000, but for the one that is complete and the one that somebody writes.
+    log.run(&manifests("sql/sweep.sql")).await;
+    let expected: Vec<u32> = (2..=1002).filter(|number| *number != 7).collect();
+    assert_eq!(log.timed_out().await, expected);
+    transaction.commit().await.unwrap();
+    log.run(&manifests("sql/sweep.sql")).await;
+    assert_eq!((log.open().await, log.with_kind("success").await), (vec![2000], vec![7]));
 }

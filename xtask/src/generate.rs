@@ -26,6 +26,7 @@ pub fn run(check: bool) -> anyhow::Result<()> {
     stale |= settle(chart::README, &chart::readme()?, check)?;
     // Of the chart as it is now written, its CRD included.
     stale |= settle(chart::INSTALL, &chart::install()?, check)?;
+    stale |= settle(chart::ROLES, &chart::roles()?, check)?;
     stale |= settle(screens::README, &screens::readme(&program)?, check)?;
     if let Some(document) = performance::document()? {
         stale |= settle(performance::DOCUMENT, &document, check)?;

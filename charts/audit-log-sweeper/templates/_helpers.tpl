@@ -6,7 +6,12 @@
 {{- else if not (contains .Chart.Name $name) -}}
 {{- $name = printf "%s-%s" $name .Chart.Name -}}
 {{- end -}}
-{{- $name | trunc 56 | trimSuffix "-" -}}
+{{- $name | replace "." "-" | trunc 56 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* What releases have in common places: of the same name in another namespace, one must not take the rights of the other. */}}
+{{- define "audit-log-sweeper.rights" -}}
+{{- printf "%s:%s" (include "audit-log-sweeper.fullname" .) .Release.Namespace -}}
 {{- end -}}
 
 {{- define "audit-log-sweeper.serviceAccountName" -}}
@@ -28,7 +33,7 @@
 {{/* What never changes in a release: a Deployment's selector is immutable. */}}
 {{- define "audit-log-sweeper.selectorLabels" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "audit-log-sweeper.labels" -}}
@@ -46,7 +51,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [auditlog.dev]
   resources: [auditlogsweepers/status]
   verbs: [patch]
-# The Secrets that the AuditLogSweepers name; never listed or watched.
+# Any Secret by its name, since AuditLogSweepers name them; never listed or watched.
 - apiGroups: [""]
   resources: [secrets]
   verbs: [get]
@@ -59,7 +64,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "audit-log-sweeper.subjects" -}}
 - kind: ServiceAccount
   name: {{ include "audit-log-sweeper.serviceAccountName" . }}
-  namespace: {{ .Release.Namespace }}
+  namespace: {{ .Release.Namespace | quote }}
 {{- end -}}
 
 {{/* What a container may do under the Pod Security Standard "restricted", and less. */}}

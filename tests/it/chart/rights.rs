@@ -52,7 +52,8 @@ fn roles(rules: &[Value]) -> Vec<(String, Vec<Value>)> {
 async fn works_with_the_charts_rights_and_with_none_less() {
     let operator = Operator::absent().await;
     let (client, plane) = (operator.client.clone(), operator.plane);
-    let chart_role = Api::<ClusterRole>::all(client.clone()).get(RELEASE.1).await.unwrap();
+    let name = format!("{}:{}", RELEASE.1, RELEASE.0);
+    let chart_role = Api::<ClusterRole>::all(client.clone()).get(&name).await.unwrap();
     assert_eq!(json!(chart_role.rules), rules());
     assert_eq!(json!(lease_rules(&client).await), rules_for_lease(RELEASE.1));
     let both = [rules(), rules_for_lease(RELEASE.1)].map(|rules| rules.as_array().unwrap().clone());
@@ -84,11 +85,24 @@ async fn works_with_roles_alone_and_sees_no_other_namespace() {
     let helm = |args: &[&str]| output(plane.helm().args(args).args(["-n", home])).unwrap();
     let chart = chart().display().to_string();
     let watch = format!("watchNamespaces={{{home},{away}}}");
-    helm(&["install", "team", &chart, "--set", "crds.enabled=false", "--set", &watch]);
+    // By whoever administers the two, and has no other rights. Nobody aggregates roles here, so all parts are bound.
+    let ours = concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/roles.yaml");
+    output(plane.kubectl().args(["apply", "--server-side", "--force-conflicts", "-f", ours])).unwrap();
+    let parts = ["view", "edit", "admin"];
+    let parts =
+        parts.map(|part| [format!("system:aggregate-to-{part}"), format!("{0}:{0}:{part}", RELEASE.1)]).concat();
+    let admin = format!("admin-of-{home}");
+    for (namespace, part) in [home, away].into_iter().flat_map(|place| parts.iter().map(move |part| (place, part))) {
+        let name = format!("{admin}-{}", part.replace(':', "-"));
+        let roles = [format!("--clusterrole={part}"), format!("--user={admin}")];
+        output(plane.kubectl().args(["create", "rolebinding", &name, "-n", namespace]).args(roles)).unwrap();
+    }
+    helm(&["install", "team", &chart, "--set", "crds.enabled=false", "--set", &watch, "--kube-as-user", &admin]);
     let account = "team-audit-log-sweeper";
 
     for namespace in [home, away] {
-        let role = Api::<Role>::namespaced(client.clone(), namespace).get(account).await.unwrap();
+        let name = format!("{account}:{home}");
+        let role = Api::<Role>::namespaced(client.clone(), namespace).get(&name).await.unwrap();
         assert_eq!(json!(role.rules), rules(), "the same as the ClusterRole's");
     }
     let lease = Api::<Role>::namespaced(client.clone(), home).get(&format!("{account}-lease")).await.unwrap();

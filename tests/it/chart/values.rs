@@ -160,7 +160,7 @@ async fn values_reach_what_they_are_for() {
     let crd = of_kind(&objects, "CustomResourceDefinition");
     assert_eq!(crd["metadata"]["annotations"]["helm.sh/resource-policy"], "keep");
     let aggregates = |suffix: &str| -> Vec<String> {
-        let name = format!("dry-audit-log-sweeper-{suffix}");
+        let name = format!("dry-audit-log-sweeper:{namespace}:{suffix}");
         let role = objects.iter().find(|object| object["kind"] == "ClusterRole" && object["metadata"]["name"] == *name);
         let labels = role.unwrap()["metadata"]["labels"].as_object().unwrap();
         labels.keys().filter_map(|key| key.split_once("/aggregate-to-")).map(|(_, to)| to.to_owned()).collect()
@@ -336,6 +336,33 @@ fn nonsense_is_refused_and_named() {
         assert!(error.contains(said), "{values}: {error}");
     }
     refused("global.anything.at=all").unwrap();
+    // To no port at all would be to every one.
+    let none = ["template", "x", "--set-json", "networkPolicy.databasePorts=[]"];
+    let error = output(Command::new(&helm).args(none).arg(chart())).unwrap_err().to_string();
+    assert!(error.contains("'/networkPolicy/databasePorts': minItems: got 0, want 1"), "{error}");
+    // A chart that this one is a part of may have it on a condition.
+    refused("enabled=true").unwrap();
+}
+
+/// YAML takes some names for numbers or truth values.
+#[test]
+fn names_are_text_whatever_they_look_like() {
+    let helm = support::tools::Tools::helm().unwrap();
+    for (release, namespace) in [("123", "456"), ("on", "true"), ("a.b", "null")] {
+        let mut command = Command::new(&helm);
+        command.args(["template", release, "-n", namespace]).arg(chart());
+        let rendered = output(&mut command).unwrap();
+        let objects = rendered.split("\n---\n").filter(|text| text.lines().any(|line| line.starts_with("kind:")));
+        for object in objects.map(|text| serde_saphyr::from_str::<Value>(text).unwrap()) {
+            let labels = object["metadata"]["labels"].as_object().into_iter().flatten();
+            assert!(labels.clone().all(|(_, value)| value.is_string()), "{object:#}");
+            let places = [&object["metadata"]["namespace"], &object["subjects"][0]["namespace"]];
+            assert!(places.iter().all(|place| place.is_null() || **place == json!(namespace)), "{object:#}");
+            let name = object["metadata"]["name"].as_str().unwrap();
+            let dots = object["kind"] == "CustomResourceDefinition";
+            assert!(dots || !name.contains('.'), "{name}");
+        }
+    }
 }
 
 /// Every key of the values, with those that it lies in.

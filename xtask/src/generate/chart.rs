@@ -11,6 +11,7 @@ use support::tools::Tools;
 
 pub const README: &str = "charts/audit-log-sweeper/README.md";
 pub const INSTALL: &str = "manifests/install.yaml";
+pub const ROLES: &str = "manifests/roles.yaml";
 const CHART: &str = "charts/audit-log-sweeper";
 
 /// The table of values stands between these, whatever is around it is written by hand.
@@ -30,6 +31,12 @@ metadata:
   name: audit-log-sweeper
   labels:
     pod-security.kubernetes.io/enforce: restricted
+";
+
+const ROLES_HEAD: &str = "\
+# Beside the CRD, where teams install the operator for their own namespaces alone: lets whoever may view, edit or administer a
+# namespace do the same with its AuditLogSweepers, and its administrators install the chart there. Made by `cargo xtask
+# generate`; the chart and install.yaml bring the same.
 ";
 
 /// The chart's README with the values as they are.
@@ -95,16 +102,25 @@ fn undocumented(value: &Value, path: &str, documented: &[&str]) -> Vec<String> {
     }
 }
 
-/// The chart with its defaults as plain objects, without what only Helm makes use of.
+/// The chart with its defaults as plain objects.
 pub fn install() -> anyhow::Result<String> {
+    Ok(format!("{INSTALL_HEAD}{}\n", plain(INSTALL, &["--skip-tests"])?.trim_end()))
+}
+
+/// The roles of people alone.
+pub fn roles() -> anyhow::Result<String> {
+    Ok(format!("{ROLES_HEAD}{}\n", plain(ROLES, &["--show-only", "templates/aggregate.yaml"])?.trim_end()))
+}
+
+/// What the chart renders, without what only Helm makes use of.
+fn plain(file: &str, args: &[&str]) -> anyhow::Result<String> {
     let mut helm = Command::new(Tools::helm()?);
-    helm.args(["template", "audit-log-sweeper", CHART, "--skip-tests", "-n", NAMESPACE]).current_dir(root());
+    helm.args(["template", "audit-log-sweeper", CHART, "-n", NAMESPACE]).args(args).current_dir(root());
     let rendered = output(&mut helm)?;
     let of_helm = ["helm.sh/chart:", "helm.sh/resource-policy:", "app.kubernetes.io/managed-by:", "# Source:"];
     let lines = rendered.lines().filter(|line| !of_helm.iter().any(|mark| line.trim_start().starts_with(mark)));
     // The CRD's only annotation was Helm's.
     let text = lines.collect::<Vec<_>>().join("\n").replace("  annotations:\n  labels:", "  labels:");
-    ensure!(!text.contains("helm") && !text.contains("Helm"), "{INSTALL} still speaks of Helm");
-    let text = text.replace("\n\n---", "\n---").replace("---\n---", "---");
-    Ok(format!("{INSTALL_HEAD}{}\n", text.trim_end()))
+    ensure!(!text.contains("helm") && !text.contains("Helm"), "{file} still speaks of Helm");
+    Ok(text.replace("\n\n---", "\n---").replace("---\n---", "---"))
 }
