@@ -102,7 +102,8 @@ pub fn cutoff(plan: &Plan) -> String {
              WHERE n.nspname {EQUALS} {} AND c.relname {EQUALS} {} AND c.relkind {EQUALS} 'r' AND NOT c.relhassubclass) \
          FROM pg_catalog.clock_timestamp() AS now",
         plan.timeout.as_millis(),
-        literal(&plan.names.schema), literal(&plan.names.table),
+        literal(&plan.names.schema),
+        literal(&plan.names.table),
     )
 }
 

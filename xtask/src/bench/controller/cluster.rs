@@ -223,11 +223,13 @@ pub struct Counted {
     /// Of the object.
     pub name: String,
     pub at: DateTime<Utc>,
+    /// Not refused, as a write is on top of another.
+    pub taken: bool,
 }
 
 impl Counted {
     pub fn is_status_write(&self) -> bool {
-        self.what == "patch auditlogsweepers/status"
+        self.taken && self.what == "patch auditlogsweepers/status"
     }
 }
 
@@ -263,6 +265,7 @@ fn counted(event: &Value) -> Option<Counted> {
         what: format!("{} {}{subresource}", text(&event["verb"]), text(&object["resource"])),
         name: text(&object["name"]),
         at: event["requestReceivedTimestamp"].as_str()?.parse().ok()?,
+        taken: event["responseStatus"]["code"].as_i64().is_some_and(|code| code < 400),
     })
 }
 
@@ -272,14 +275,17 @@ mod tests {
 
     #[test]
     fn the_operators_own_requests_are_counted() {
-        let event = |user: &str| {
+        let event = |user: &str, code: u16| {
             json!({
+                "responseStatus": { "code": code },
                 "verb": "patch", "user": { "username": user }, "requestReceivedTimestamp": "2026-01-02T03:04:05.678901Z",
                 "objectRef": { "resource": "auditlogsweepers", "subresource": "status", "name": "app-1" },
             })
         };
-        let found = counted(&event("system:serviceaccount:sweeper:audit-log-sweeper")).unwrap();
+        let ours = "system:serviceaccount:sweeper:audit-log-sweeper";
+        let found = counted(&event(ours, 200)).unwrap();
         assert!(found.is_status_write() && found.name == "app-1", "{found:?}");
-        assert_eq!(counted(&event("admin")), None);
+        assert!(!counted(&event(ours, 409)).unwrap().is_status_write());
+        assert_eq!(counted(&event("admin", 200)), None);
     }
 }
