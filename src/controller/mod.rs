@@ -1,6 +1,6 @@
 //! The controller: drives each object through five steps, and decides nothing itself.
 //!
-//! `resolve` (fetches the object and its Secrets) -> `decide` (pure: what is due) -> the sweep or a preflight ->
+//! `resolve` (fetches the object and its Secrets) -> `decide` (pure: what is due) -> `perform` (the sweep or a preflight) ->
 //! `outcome` (pure: the status that follows, with `attempt` and `verdicts`; the events are `notice`'s) -> `publish`
 //! (writes it). A `guard` ends what is done for an object that is deleted, or no longer this install's. What must outlive
 //! a reconcile but not the process is in `memory`, and `stopping` publishes at its end what could not be published
@@ -15,6 +15,7 @@ mod log;
 pub mod memory;
 pub mod notice;
 pub mod outcome;
+mod perform;
 #[cfg(test)]
 mod properties;
 pub mod publish;
