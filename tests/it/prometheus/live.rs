@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kube::api::DeleteParams;
 use serde_json::{Value, json};
-use support::process::Process;
+use support::process::{Process, output};
 use support::prometheus::{Prometheus, promtool};
 use support::wait::eventually;
 
@@ -42,6 +42,10 @@ impl Fleet {
         operator.apply("poisoned", json!({ "period": "1h", "database": database })).await;
         operator.until("app", "a sweep", |s| has(s, "Ready=True/LimitReached")).await;
         operator.until("bad", "the failure", |s| has(s, "Ready=False/TableNotFound")).await;
+        // As if it had once gone well, long ago.
+        let once = json!({ "status": { "lastSuccessfulTime": "2026-01-02T03:04:05Z" } }).to_string();
+        output(operator.kubectl().args(["patch", "als/bad", "--subresource=status", "--type=merge", "-p", &once]))
+            .unwrap();
         operator.until("off", "the acknowledgement", |s| has(s, "Suspended=True/Suspended")).await;
         operator.until("poisoned", "the refused row", |s| s["unsweepable"]["count"] == json!(1)).await;
         let config = operator.kubeconfig(None).await;
