@@ -14,7 +14,7 @@ use super::connection::Session;
 use super::error::{Recovery, Step};
 use super::pace::Pace;
 use super::report::Ended;
-use super::statement::{self, Batch, Cursor, Join};
+use super::statement::{self, Batch, Cursor};
 use super::{Error, Plan, Report, Target, preflight};
 use crate::api::spec::Mode;
 use crate::api::status::Backlog;
@@ -116,12 +116,12 @@ async fn run(connected: Connected, job: &Job, stop: &CancellationToken, report: 
     let Connected { session, start } = connected;
     let deadline = start + plan.deadline;
     let mut sweep = Sweep { plan, target, session, resume_after, deadline, stop, report };
-    let (cutoff, join) = tokio::select! {
+    let cutoff = tokio::select! {
         cutoff = sweep.cutoff(start) => cutoff?,
         () = stop.cancelled() => return Ok(Ended::Stopped),
     };
     let (ended, cursor) = match plan.mode {
-        Mode::Apply => sweep.batches(&cutoff, join, *limit).await?,
+        Mode::Apply => sweep.batches(&cutoff, *limit).await?,
         Mode::Observe => {
             tokio::select! {
                 explained = preflight::explain(&sweep.session, plan) => explained?,
@@ -192,19 +192,18 @@ async fn pause(about: Duration) {
 
 impl Sweep<'_> {
     /// Reads the cutoff, once. It is frozen for the whole sweep, so that the sweep ends.
-    async fn cutoff(&mut self, start: Instant) -> Result<(String, Join), Error> {
+    async fn cutoff(&mut self, start: Instant) -> Result<String, Error> {
         let answer = self.session.query(Step::Cutoff, &statement::cutoff(self.plan), self.patience()).await?;
         let row = statement::last_row(&answer);
         let time = |index| row.and_then(|row| statement::text(row, index));
         let cutoff = time(0).ok_or(Error::Answer("the question for the time"))?;
         self.report.database_time = time(1).and_then(statement::read_time).map(|now| (now, start.elapsed()));
         self.report.cutoff = statement::read_time(cutoff);
-        let join = if time(2) == Some("t") { Join::Place } else { Join::Key };
-        Ok((cutoff.to_owned(), join))
+        Ok(cutoff.to_owned())
     }
 
     /// Completes batches until nothing is left or something ends it; also returns how far it looked.
-    async fn batches(&mut self, cutoff: &str, mut join: Join, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
+    async fn batches(&mut self, cutoff: &str, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
         let mut pace = Pace::new(self.plan.batch_size);
         let mut cursor = self.resume_after.clone();
         let mut trouble = Trouble::default();
@@ -218,16 +217,10 @@ impl Sweep<'_> {
             let tried = if alone {
                 self.one(cutoff, cursor.as_ref()).await
             } else {
-                self.batch(cutoff, cursor.as_ref(), size, join).await
+                self.batch(cutoff, cursor.as_ref(), size).await
             };
             let error = match tried {
                 Ok(Tried::Early(ended)) => break ended,
-                // A trigger suppressed the update, or somebody wrote a row anew in the same moment: this tells which.
-                Ok(Tried::Batch(batch)) if batch.completed < batch.selected && !alone && join == Join::Place => {
-                    self.session.rollback().await;
-                    join = Join::Key;
-                    continue;
-                }
                 Ok(Tried::Batch(batch)) => {
                     if batch.selected > 0 && batch.cursor.is_none() {
                         self.session.rollback().await;
@@ -345,9 +338,9 @@ impl Sweep<'_> {
     }
 
     /// Runs one batch up to its COMMIT.
-    async fn batch(&mut self, cutoff: &str, cursor: Option<&Cursor>, size: i64, join: Join) -> Result<Tried, Error> {
+    async fn batch(&mut self, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> Result<Tried, Error> {
         let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(Tried::Early(self.cause())) };
-        let sql = statement::batch(self.plan, cutoff, cursor, size, join, statement_timeout);
+        let sql = statement::batch(self.plan, cutoff, cursor, size, statement_timeout);
         match self.ask_for_rows(Step::Batch, &sql, statement_timeout).await? {
             Answer::Early(ended) => Ok(Tried::Early(ended)),
             Answer::Rows(answer) => self.read_batch(&answer).await.map(Tried::Batch),
