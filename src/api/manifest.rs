@@ -38,8 +38,11 @@ pub enum ManifestError {
 pub fn read(text: &str) -> Result<Manifest, ManifestError> {
     let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|error| {
         let at = error.location().map(|at| format!(" at line {}, column {}", at.line(), at.column()));
-        ManifestError::NotYaml(at.unwrap_or_default())
+        let why = if error.to_string().contains("duplicate") { ": a key stands there for the second time" } else { "" };
+        ManifestError::NotYaml(at.unwrap_or_default() + why)
     })?;
+    // As `kubectl get -o yaml` prints them.
+    let documents: Vec<Value> = documents.into_iter().flat_map(items).collect();
     let is = |document: &Value, version: &str, kind: &str| {
         document.get("apiVersion").and_then(Value::as_str) == Some(version)
             && document.get("kind").and_then(Value::as_str) == Some(kind)
@@ -52,6 +55,19 @@ pub fn read(text: &str) -> Result<Manifest, ManifestError> {
     }
     let secrets = documents.iter().filter(|d| is(d, "v1", "Secret")).map(secret).collect::<Result<_, _>>()?;
     Ok(Manifest { sweeper: validate(sweeper)?, secrets })
+}
+
+/// What a list holds; anything else is itself.
+fn items(document: Value) -> Vec<Value> {
+    match document {
+        Value::Object(mut fields) if fields.get("kind").is_some_and(|kind| kind == "List") => {
+            match fields.remove("items") {
+                Some(Value::Array(items)) => items,
+                _ => vec![],
+            }
+        }
+        document => vec![document],
+    }
 }
 
 /// A Secret with its `stringData` laid over its `data`, as the API server does.

@@ -164,6 +164,9 @@ fn text_report(checked: &Checked) -> String {
                     lines.extend(part.statements.iter().map(write));
                 }
             }
+            Some(Fix::Field(field)) if field == "spec.database.secretRef" => {
+                lines.push(format!("{head}: change {field}, or what is in the Secret that it names"));
+            }
             Some(Fix::Field(field)) => lines.push(format!("{head}: change {field}")),
             None => {}
         }

@@ -89,6 +89,8 @@ pub async fn fetch(cluster: &Cluster, name: &str, args: &Source) -> Result<Input
     resolve(&sweeper, &cluster.namespace, &secrets, url).map_err(|error| {
         let credentials = error.downcast_ref::<CredentialsError>().map(CredentialsError::reason);
         match credentials.or_else(|| error.downcast_ref::<crate::sweep::Error>().map(crate::sweep::Error::reason)) {
+            // It stands on the command line, and not in the object's Secret.
+            Some(Reason::InvalidConnectionURI) if args.database_url.is_some() => FetchError::Input(error),
             Some(reason) => FetchError::Found(reason, format!("{error:#}")),
             None => FetchError::Input(error),
         }

@@ -444,7 +444,8 @@ fn tls_cause(error: &tokio_postgres::Error) -> String {
     } else if cause.contains("Expired") || cause.contains("expired") {
         "renew the server's certificate; until then, spec.database.tls.mode Require without caSecretRef does not verify it"
     } else if cause.contains("UnknownIssuer") || cause.contains("BadSignature") {
-        "the CA in the Secret of spec.database.tls.caSecretRef must be the one that signed the server's certificate"
+        "no CA that is trusted here signed the server's certificate: put the one that did into a Secret, under ca.crt, and name \
+         that in spec.database.tls.caSecretRef"
     } else if cause.contains("not valid for name") {
         "connect by a name that the server's certificate is for, or set spec.database.tls.mode to VerifyCA"
     } else if cause.contains("does not support TLS") {

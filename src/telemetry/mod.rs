@@ -3,6 +3,8 @@
 pub mod http;
 pub mod metrics;
 
+use std::io::IsTerminal;
+
 use clap::ValueEnum;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
@@ -51,7 +53,10 @@ pub fn start_logs(format: LogFormat, level: LogLevel) {
         // What they say of a failed request is said by whoever asked: with the object, and without a dump.
         .with_target("kube_client::client::builder", LevelFilter::OFF)
         .with_target("kube_runtime::watcher", LevelFilter::OFF);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_span_events(FmtSpan::NONE);
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_span_events(FmtSpan::NONE);
     let registry = tracing_subscriber::registry().with(ours);
     // A second start, in a test, changes nothing.
     drop(match format {

@@ -92,6 +92,14 @@ async fn bad_input_exits_with_2_says_why_and_shows_no_secret() {
         ("not: [yaml".to_owned() + &secret, "is not YAML"),
         (secret.clone(), "holds no AuditLogSweeper"),
         (sweeper("") + "---\n" + &sweeper(""), "holds 2 AuditLogSweepers"),
+        // As `kubectl get als -o yaml` prints them.
+        (
+            "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: auditlog.dev/v1alpha1, kind: AuditLogSweeper}\n"
+                .to_owned()
+                + "- {apiVersion: auditlog.dev/v1alpha1, kind: AuditLogSweeper}\n",
+            "holds 2 AuditLogSweepers",
+        ),
+        (sweeper(", limit: 1, limit: 2") + &secret, "a key stands there for the second time"),
         (sweeper(", timeout: 4d") + &secret, ""),
         (sweeper(", limit: 0") + &secret, "spec.limit"),
         (sweeper(", limitt: 1") + &secret, "unknown field \"spec.limitt\""),

@@ -282,7 +282,12 @@ async fn check_reads_the_object_and_its_secret_from_the_cluster() {
     let (code, out, err) = operator.sweeper(&["check", "app"]).await;
     assert_eq!((code, err.as_str()), (1, ""), "{out}");
     assert!(out.starts_with("error    connection    there is no Secret db in namespace "), "{out}");
-    assert!(out.ends_with("\n-- SecretNotFound (connection): change spec.database.secretRef\n"), "{out}");
+    assert!(
+        out.ends_with(
+            "\n-- SecretNotFound (connection): change spec.database.secretRef, or what is in the Secret that it names\n"
+        ),
+        "{out}"
+    );
 
     operator.secret_for(&log).await;
     let (code, out, err) = operator.sweeper(&["check", "app"]).await;
@@ -296,6 +301,9 @@ async fn check_reads_the_object_and_its_secret_from_the_cluster() {
     assert!(err.starts_with("note: this was looked at from here, not from the operator's pod."), "{err}");
     let (code, out, _) = operator.sweeper(&["check", "app", "--database-url", &log.database.uri()]).await;
     assert_eq!(code, 0, "{out}");
+    // What is wrong on the command line is not the object's.
+    let (code, out, err) = operator.sweeper(&["check", "app", "--database-url", "mysql://x"]).await;
+    assert!(code == 2 && out.is_empty() && !err.contains("secretRef"), "{code} {out}{err}");
     operator.secret("db", &[("uri", "nonsense")]).await;
     let (code, out, _) = operator.sweeper(&["check", "app"]).await;
     assert!(code == 1 && out.contains("\n-- InvalidConnectionURI (connection)"), "{out}");

@@ -90,7 +90,7 @@ async fn works_with_roles_alone_and_sees_no_other_namespace() {
     output(plane.kubectl().args(["apply", "--server-side", "--force-conflicts", "-f", ours])).unwrap();
     let parts = ["view", "edit", "admin"];
     let parts =
-        parts.map(|part| [format!("system:aggregate-to-{part}"), format!("{0}:{0}:{part}", RELEASE.1)]).concat();
+        parts.map(|part| [format!("system:aggregate-to-{part}"), format!("audit-log-sweeper:teams:{part}")]).concat();
     let admin = format!("admin-of-{home}");
     for (namespace, part) in [home, away].into_iter().flat_map(|place| parts.iter().map(move |part| (place, part))) {
         let name = format!("{admin}-{}", part.replace(':', "-"));
