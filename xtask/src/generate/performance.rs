@@ -18,6 +18,7 @@ What was measured, on one machine, in the same run as what stands against it. Ma
 [`docs/performance`](performance) by `cargo xtask generate`; every single run is in those files. To measure again, on a
 machine that does nothing else:
 
+<!-- not run: it takes hours -->
 ```console
 $ cargo xtask bench sweep --afresh --output docs/performance/sweep.json             # hours; without --afresh it goes on where it stopped
 $ cargo xtask bench controller --afresh --output docs/performance/controller.json   # a quarter of an hour
@@ -26,7 +27,7 @@ $ cargo xtask generate
 
 Ours is the program `audit-log-sweeper` itself, from its start to its end, in the profile `bench-quick`: a release without
 link-time optimization. Numbers are medians of the rounds, with the least and the most; ratios are taken within a round,
-and each round begins with another subject. `FAIL` is less than what was asked, `missed` less than what was hoped for.
+and each round begins with another subject. What is not in the tables below was not measured yet. `FAIL` is less than what was asked, `missed` less than what was hoped for.
 ";
 
 const ABOUT_SWEEP: &str = "\
