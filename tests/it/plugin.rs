@@ -493,11 +493,11 @@ async fn a_kubeconfig_of_several_files_and_a_proxy_are_taken_as_kubectl_takes_th
     let (code, _, err) = status(&[("KUBECONFIG", &listed)]);
     assert_eq!(code, 0, "{err}");
 
-    // Nobody is there.
-    let proxy = "http://127.0.0.1:1";
+    // Nobody is there; and NO_PROXY, which excepts the cluster by its address, does not except the proxy.
+    let proxy = "http://localhost:1";
     let (code, _, err) = status(&[("HTTPS_PROXY", proxy)]);
     assert!(code == 1 && err.contains("cannot reach the API server"), "{code}: {err}");
-    for hosts in ["127.0.0.1,localhost", "127.0.0.0/8,.local", "*"] {
+    for hosts in ["127.0.0.1,.example", "127.0.0.0/8,.local", "*"] {
         let (code, _, err) = status(&[("HTTPS_PROXY", proxy), ("NO_PROXY", hosts)]);
         assert_eq!(code, 0, "{hosts}: {err}");
     }
