@@ -55,6 +55,7 @@ fn machine_report(job: &Job, report: &Report) -> Value {
         "limit": job.plan.limit,
         "outcome": report.outcome(),
         "batches": report.batches,
+        "smallBatches": report.small_batches,
         "refused": report.refused,
         "skipped": report.skipped,
         "suppressed": report.suppressed,
@@ -65,12 +66,21 @@ fn machine_report(job: &Job, report: &Report) -> Value {
     })
 }
 
+fn batches(report: &Report) -> String {
+    let Report { batches, small_batches, .. } = report;
+    if *small_batches == 0 {
+        batches.to_string()
+    } else {
+        format!("{batches}, {small_batches} of them small: others write to the server")
+    }
+}
+
 fn text_report(report: &Report) -> String {
     let backlog = report.backlog.as_ref();
     let mut lines = vec![
         ("outcome", format!("{:?}", report.outcome())),
         ("timed out", report.timed_out.to_string()),
-        ("batches", report.batches.to_string()),
+        ("batches", batches(report)),
         ("backlog", backlog.map_or_else(|| "not counted".into(), |backlog| backlog.display.clone())),
         ("cutoff", report.cutoff.map_or_else(|| "none".into(), |cutoff| cutoff.to_rfc3339())),
         ("took", format!("{:.0?}", report.duration)),

@@ -35,7 +35,7 @@ pub fn log(object: &AuditLogSweeper, subject: &Subject, result: &Result<Report, 
                     "sweep failed"
                 );
             } else if timed_out > 0 {
-                warn!(namespace, name, cutoff, limit, timed_out, duration_ms, outcome = ?report.outcome(), "rows timed out: their requests never completed them, which may mean crashes upstream");
+                warn!(namespace, name, cutoff, limit, timed_out, duration_ms, batches = report.batches, small_batches = report.small_batches, outcome = ?report.outcome(), "rows timed out: their requests never completed them, which may mean crashes upstream");
             } else {
                 debug!(namespace, name, cutoff, limit, timed_out, duration_ms, "nothing to time out");
             }

@@ -41,6 +41,8 @@ pub struct Plan {
     pub statement_timeout: Duration,
     /// The longest that the sweep may take.
     pub deadline: Duration,
+    /// How often it comes.
+    pub period: Duration,
 }
 
 /// Names as the spec and the catalog have them, not quoted.
@@ -104,6 +106,7 @@ impl Plan {
             batch_size: spec.batch_size.into(),
             statement_timeout: spec.statement_timeout.as_std(),
             deadline: spec.deadline.as_std(),
+            period: spec.period.as_std(),
         })
     }
 

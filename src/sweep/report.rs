@@ -23,6 +23,8 @@ pub struct Report {
     pub uncertain: i64,
     /// Transactions committed.
     pub batches: i64,
+    /// Of them those that were small, since others wrote to the server.
+    pub small_batches: i64,
     /// Rows that the server refused to complete.
     pub refused: i64,
     /// Keys of the first of them, where a key is no row data: uuid and int8.

@@ -11,6 +11,7 @@ use tokio_postgres::SimpleQueryMessage;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Session;
+use super::courtesy::Courtesy;
 use super::error::{Recovery, Step};
 use super::pace::Pace;
 use super::report::Ended;
@@ -205,6 +206,7 @@ impl Sweep<'_> {
     /// Completes batches until nothing is left or something ends it; also returns how far it looked.
     async fn batches(&mut self, cutoff: &str, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
         let mut pace = Pace::new(self.plan.batch_size);
+        let mut courtesy = Courtesy::new(self.plan.period, self.plan.deadline);
         let mut cursor = self.resume_after.clone();
         let mut trouble = Trouble::default();
         let ended = loop {
@@ -213,7 +215,12 @@ impl Sweep<'_> {
                 break Ended::LimitReached;
             }
             let alone = pace.alone();
-            let size = if alone { 1 } else { pace.next(left) };
+            let way = courtesy.gives_way(self.time_spent());
+            let size = if alone { 1 } else { pace.next(way.map_or(left, |(rows, _)| left.min(rows))) };
+            if let Some((_, time)) = way {
+                pause(time).await;
+            }
+            courtesy.begins();
             let tried = if alone {
                 self.one(cutoff, cursor.as_ref()).await
             } else {
@@ -227,8 +234,12 @@ impl Sweep<'_> {
                         return Err(Error::NullKey);
                     }
                     self.commit(&batch).await?;
+                    self.report.small_batches += i64::from(way.is_some());
                     trouble = Trouble::default();
                     pace.went_well(size);
+                    if let Some(ended) = batch.ended {
+                        courtesy.saw(ended, self.time_spent());
+                    }
                     cursor = batch.cursor.or(cursor);
                     if batch.selected < size {
                         break Ended::Drained;
@@ -362,6 +373,10 @@ impl Sweep<'_> {
     fn time_for_a_statement(&self) -> Option<Duration> {
         let share = self.time_left() / 4;
         (!self.stop.is_cancelled() && share >= LEAST_TIME).then(|| self.plan.statement_timeout.min(share))
+    }
+
+    fn time_spent(&self) -> Duration {
+        self.plan.deadline.saturating_sub(self.time_left())
     }
 
     fn time_left(&self) -> Duration {

@@ -50,6 +50,8 @@ pub struct Batch {
     pub cursor: Option<Cursor>,
     /// How to find out whether a COMMIT without an answer took place. None: nothing was completed.
     pub receipt: Option<Receipt>,
+    /// One past the last transaction on the server that wrote and had ended when this one began. None: it was not asked.
+    pub ended: Option<u64>,
 }
 
 /// One completed row and its transaction, by which a lost COMMIT is looked up.
@@ -118,7 +120,8 @@ fn stale(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>) -> String {
 ///   `(...) IS TRUE` so that the planner does not take it for a reason to use the partial index there too.
 /// - The outer query counts what was *selected*, on which the cursor and the end of the sweep rest, and what was
 ///   completed. Only two rows are written out as text, without sorting: aggregates that sort all of them took a tenth of
-///   a batch's time. The transaction id is NULL where there was nothing to lock, so an idle sweep uses none.
+///   a batch's time. The transaction id is NULL where there was nothing to lock, so an idle sweep uses none. The
+///   snapshot's end tells from batch to batch how many transactions of others wrote meanwhile.
 fn update(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> String {
     let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
     let stale = stale(plan, cutoff, cursor);
@@ -128,7 +131,8 @@ fn update(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> Stri
            FROM stale WHERE t.{time_started} {EQUALS} stale.{time_started} AND t.{id} {EQUALS} stale.{id} \
            AND (t.{time_completed} IS NULL) IS TRUE \
            RETURNING t.{time_started}, t.{id}, t.{time_completed}) \
-         SELECT s.n, d.n, pg_catalog.pg_current_xact_id_if_assigned()::text, last.ts, last.id, one.ts, one.id, one.at FROM \
+         SELECT s.n, d.n, pg_catalog.pg_current_xact_id_if_assigned()::text, last.ts, last.id, one.ts, one.id, one.at, \
+           pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text FROM \
            (SELECT pg_catalog.count(*) AS n FROM stale) AS s CROSS JOIN (SELECT pg_catalog.count(*) AS n FROM done) AS d \
            LEFT JOIN (SELECT {time_started}::text AS ts, {id}::text AS id FROM stale \
              ORDER BY stale.{time_started} DESC, stale.{id} DESC LIMIT 1) AS last ON true \
@@ -247,7 +251,13 @@ pub fn read_batch(answer: &[SimpleQueryMessage]) -> Option<Batch> {
     let receipt =
         || Some(Receipt { xid: text(row, 2)?.to_owned(), row: place(5, 6)?, time_completed: text(row, 7)?.to_owned() });
     let [selected, completed] = [0, 1].map(|index| text(row, index).and_then(|n| n.parse().ok()));
-    Some(Batch { selected: selected?, completed: completed?, cursor: place(3, 4), receipt: receipt() })
+    Some(Batch {
+        selected: selected?,
+        completed: completed?,
+        cursor: place(3, 4),
+        receipt: receipt(),
+        ended: text(row, 8).and_then(|n| n.parse().ok()),
+    })
 }
 
 /// Reads a time written in [`ISO`]; None for times that no calendar has, such as `-infinity`.

@@ -192,3 +192,33 @@ async fn a_stop_during_the_count_of_the_backlog_keeps_what_was_done() {
         "{report:?}"
     );
 }
+
+#[tokio::test]
+async fn a_sweep_gives_way_to_others_who_write_and_does_no_less_for_it() {
+    let log = Log::new().await;
+    log.start_many(2000).await;
+    let done = CancellationToken::new();
+    let others: Vec<_> = (0..2)
+        .map(|_| {
+            let (uri, done) = (log.uri(), done.clone());
+            tokio::spawn(async move {
+                let (client, connection) = tokio_postgres::connect(&uri, tokio_postgres::NoTls).await.unwrap();
+                let connection = tokio::spawn(connection);
+                while !done.is_cancelled() {
+                    client.batch_execute("SELECT pg_current_xact_id()").await.unwrap();
+                }
+                drop(client);
+                connection.await.unwrap().unwrap();
+            })
+        })
+        .collect();
+    let report = log.sweep(json!({ "limit": 1500, "batchSize": 100 })).await;
+    done.cancel();
+    for other in others {
+        other.await.unwrap();
+    }
+    assert_eq!((report.timed_out, report.outcome()), (1500, Outcome::LimitReached), "{report:?}");
+    // All but the first two, unless a busy machine keeps the others from writing for a while.
+    assert!(report.small_batches > 50, "{report:?}");
+    assert_eq!(log.timed_out().await, (1..=1500).collect::<Vec<_>>(), "the oldest");
+}

@@ -6,7 +6,7 @@ use crate::bench::results::{Sample, Samples};
 use crate::bench::stats::percentile;
 use crate::bench::steps::Steps;
 use crate::bench::subjects::Subject;
-use crate::bench::table::Layout;
+use crate::bench::table::{Copy, Layout, Statistics, Templates};
 use anyhow::Context;
 use std::time::{Duration, Instant};
 use support::progress;
@@ -21,17 +21,21 @@ const SHARE: f64 = 0.5;
 /// The name of the run without a sweep.
 pub const NOBODY: &str = "without a sweep";
 
-impl Bench<'_> {
+impl<'a> Bench<'a> {
     pub(super) async fn foreground(&mut self) -> anyhow::Result<Samples> {
+        // So many that the drain is slow enough to be felt, and so few that it is over in time.
+        let stale = self.options.foreground_rows;
+        self.templates = Templates::new(self.server, self.options.rows, stale);
         self.autovacuum("on").await?;
-        let measured = self.beside_requests().await;
+        let measured = self.beside_requests(stale).await;
         self.autovacuum("off").await?;
+        self.templates = Templates::new(self.server, self.options.rows, self.options.stale);
         measured
     }
 
-    async fn beside_requests(&mut self) -> anyhow::Result<Samples> {
+    async fn beside_requests(&mut self, stale: i64) -> anyhow::Result<Samples> {
         let mut samples = Samples::default();
-        let copy = self.copy(Layout::Interleaved).await?;
+        let copy = self.requested().await?;
         let most = capacity(self.server, "run", Duration::from_secs(self.options.seconds.min(10))).await?;
         copy.drop().await?;
         let rate = most * SHARE;
@@ -42,13 +46,13 @@ impl Bench<'_> {
         for round in 0..self.options.rounds {
             for subject in rotated(&subjects, round) {
                 steps.next(name(subject));
-                let copy = self.copy(Layout::Interleaved).await?;
+                let copy = self.requested().await?;
                 copy.connect().await?.batch_execute("ALTER TABLE audit_log RESET (autovacuum_enabled)").await?;
                 let load = Load::start(self.server, "run", rate).await?;
                 sleep(WARM_UP).await;
                 let from = Instant::now();
                 match subject {
-                    Some(subject) => _ = subject.drain(self.means, &copy.uri(), self.options.stale).await?,
+                    Some(subject) => _ = subject.drain(self.means, &copy.uri(), stale).await?,
                     None => sleep(Duration::from_secs(self.options.seconds)).await,
                 }
                 let to = Instant::now();
@@ -72,6 +76,12 @@ impl Bench<'_> {
             }
         }
         Ok(samples)
+    }
+
+    /// A copy for requests. With statistics from before the backlog a request that completes its row by `id` and
+    /// `time_completed IS NULL` walks all open rows, takes ten times as long, and drowns what a sweep adds.
+    async fn requested(&mut self) -> anyhow::Result<Copy<'a>> {
+        self.copy(Layout::Interleaved).await?.with(Statistics::Fresh).await
     }
 
     async fn autovacuum(&self, value: &str) -> anyhow::Result<()> {

@@ -47,6 +47,9 @@ pub struct Options {
     /// Stale rows for the section memory
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(i64).range(1..=1_000_000))]
     memory_rows: i64,
+    /// Stale rows for the section foreground
+    #[arg(long, default_value_t = 50_000, value_parser = clap::value_parser!(i64).range(1..=1_000_000))]
+    foreground_rows: i64,
     /// How long requests are measured without a sweep, in the section foreground
     #[arg(long, default_value_t = 10)]
     seconds: u64,
@@ -81,12 +84,12 @@ impl Section {
 
     /// The options that matter to it.
     fn options(self, options: &Options) -> Value {
-        let Options { rows, stale, batch, rounds, idle_rows, memory_rows, seconds, .. } = options;
+        let Options { rows, stale, batch, rounds, idle_rows, memory_rows, foreground_rows, seconds, .. } = options;
         match self {
             Section::Idle => json!({ "rows": idle_rows, "stale": stale, "batch": batch, "rounds": rounds }),
             Section::Memory => json!({ "stale": memory_rows, "batch": batch }),
             Section::Foreground => {
-                json!({ "rows": rows, "stale": stale, "batch": batch, "rounds": rounds, "seconds": seconds })
+                json!({ "rows": rows, "stale": foreground_rows, "batch": batch, "rounds": rounds, "seconds": seconds })
             }
             _ => json!({ "rows": rows, "stale": stale, "batch": batch, "rounds": rounds }),
         }
