@@ -131,7 +131,8 @@ pub struct AuditLogSweeperSpec {
     #[schemars(range(min = 1, max = 1_000_000))]
     pub limit: i32,
 
-    /// The most rows completed in one transaction. A sweep of more rows takes several.
+    /// The most rows completed in one transaction. A sweep of more rows takes several; from the third on they are
+    /// smaller for a while, with pauses, where others write to the server.
     #[serde(default = "default_batch_size")]
     #[schemars(range(min = 1, max = 10_000))]
     pub batch_size: i32,

@@ -25,7 +25,7 @@ pub struct Sweep {
 pub async fn sweep(args: Sweep) -> ExitCode {
     start_logs(LogFormat::Text, args.source.log_level);
     let job = match input::read(&args.file, &args.source) {
-        Ok(Input { plan, target }) => Job { limit: plan.limit, plan, target, resume_after: None },
+        Ok(Input { plan, target }) => Job::new(plan, target),
         Err(error) => return complain(&error, 2),
     };
     let (stop, listening) = match stop_signal() {
@@ -71,7 +71,7 @@ fn batches(report: &Report) -> String {
     if *small_batches == 0 {
         batches.to_string()
     } else {
-        format!("{batches}, {small_batches} of them small: others write to the server")
+        format!("{batches}, {small_batches} of them small: others seem to write to the server")
     }
 }
 

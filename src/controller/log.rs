@@ -30,6 +30,8 @@ pub fn log(object: &AuditLogSweeper, subject: &Subject, result: &Result<Report, 
                     limit,
                     timed_out,
                     duration_ms,
+                    batches = report.batches,
+                    small_batches = report.small_batches,
                     reason,
                     error = error.to_string(),
                     "sweep failed"

@@ -1,5 +1,7 @@
 //! Does what was decided for one object: a preflight, or one attempt at a sweep, each in its turn. `reconcile` drives it.
 
+use std::time::Duration;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use kube::{Resource, ResourceExt};
 use tokio::time::Instant;
@@ -16,6 +18,7 @@ use super::{Context, resolve};
 use crate::api::AuditLogSweeper;
 use crate::api::conditions::{self, ConditionType};
 use crate::api::status::{Outcome, Trigger};
+use crate::sweep::courtesy::Company;
 use crate::sweep::preflight::Checked;
 use crate::sweep::statement::Cursor;
 use crate::sweep::{self, Job, Plan, Report, Target};
@@ -53,8 +56,10 @@ pub(super) async fn check(
 }
 
 /// A sweep of the slot.
-pub(super) fn job(object: &AuditLogSweeper, slot: &Slot, plan: Plan, target: Target) -> Job {
-    Job { plan, target, limit: slot.limit, resume_after: resume_after(object) }
+pub(super) fn job(object: &AuditLogSweeper, slot: &Slot, plan: Plan, target: Target, company: Company) -> Job {
+    // What a failed attempt left of the slot's time is not to be given away again.
+    let patience = if slot.continues.is_some() { Duration::ZERO } else { plan.patience };
+    Job { limit: slot.limit, resume_after: resume_after(object), company, target, plan: Plan { patience, ..plan } }
 }
 
 /// One attempt at the sweep of a slot.

@@ -113,7 +113,15 @@ async fn drive(
             let said = unless(&term, Box::pin(say_invalid(context, &object.metadata, &broken.join("; ")))).await;
             return said.transpose().map(|_| None);
         }
-        match pass(object, uid, context, &term).await? {
+        let not_before = context.memories.get(uid).next;
+        if let Decision::Wait(next) = judge(object, &Subject::new(object), not_before) {
+            return Ok(next);
+        }
+        let name =
+            Named { namespace: object.namespace().unwrap_or_default(), name: object.name_any(), uid, not_before };
+        // It is read again when its turn comes: ten thousand new objects wait for that at the same time.
+        drop(written.take());
+        match pass(&name, context, &term).await? {
             Pass::Again(object) => written = Some(object),
             Pass::Wait(next) => return Ok(next),
         }
@@ -126,21 +134,11 @@ async fn say_invalid(context: &Context, meta: &ObjectMeta, error: &str) -> Resul
     publish::publish_invalid(&context.server, meta, error, Utc::now()).await
 }
 
-async fn pass(
-    object: &AuditLogSweeper,
-    uid: &str,
-    context: &Context,
-    term: &CancellationToken,
-) -> Result<Pass, ApiError> {
-    let not_before = context.memories.get(uid).next;
-    if let Decision::Wait(next) = judge(object, &Subject::new(object), not_before) {
-        return Ok(Pass::Wait(next));
-    }
-    let name = Named { namespace: object.namespace().unwrap_or_default(), name: object.name_any(), uid, not_before };
+async fn pass(name: &Named<'_>, context: &Context, term: &CancellationToken) -> Result<Pass, ApiError> {
     let mut permits = Permits::default();
     loop {
         let Some(Ok(look)) = unless(term, context.looks.acquire()).await else { return Ok(Pass::Wait(None)) };
-        let server = match Box::pin(act(&name, &mut permits, look, context, term)).await? {
+        let server = match Box::pin(act(name, &mut permits, look, context, term)).await? {
             Acted::Done(pass) => return Ok(pass),
             Acted::Again => continue,
             Acted::Queue(server) => server,
@@ -257,14 +255,15 @@ async fn act(
             };
             drop(look);
             let (job, secrets) = match prepared {
-                Ok((plan, target, secrets)) => (Ok(job(&object, &slot, plan, target)), secrets),
+                Ok((plan, target, secrets)) => {
+                    let server = target.servers();
+                    if !permits.take_now(false, &server, context) {
+                        return Ok(Acted::Queue(server));
+                    }
+                    (Ok(job(&object, &slot, plan, target, context.turns.company(&server))), secrets)
+                }
                 Err(failure) => (Err(failure), vec![]),
             };
-            if let Ok(job) = &job
-                && !permits.take_now(false, &job.target.servers(), context)
-            {
-                return Ok(Acted::Queue(job.target.servers()));
-            }
             let (start, checked) = (Utc::now(), None);
             let attempt = Attempt { object: &object, subject: &subject, slot: &slot, job, secrets, start, checked };
             let stop = term.child_token();

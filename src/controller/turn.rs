@@ -5,10 +5,13 @@
 //! answer, however many, hold none of those, and a slow one holds only its own share.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
+
+use crate::sweep::courtesy::Company;
 
 /// The permits of all sweeps, or of all preflights.
 #[derive(Debug)]
@@ -16,7 +19,18 @@ pub struct Turns {
     all: Arc<Semaphore>,
     most: usize,
     per_server: usize,
-    servers: Mutex<HashMap<String, Arc<Semaphore>>>,
+    /// How many wait for one of the permits for all.
+    waiting: Arc<AtomicUsize>,
+    servers: Mutex<HashMap<String, Server>>,
+}
+
+/// What those on one server share.
+#[derive(Clone, Debug)]
+struct Server {
+    semaphore: Arc<Semaphore>,
+    waiting: Arc<AtomicUsize>,
+    /// Transactions that sweeps began there.
+    begun: Arc<AtomicU64>,
 }
 
 /// A permit for one server, and what server that is.
@@ -37,13 +51,19 @@ pub struct Granted<T> {
 impl Turns {
     /// So many at once in all, and so many on one server.
     pub fn new(all: usize, per_server: usize) -> Self {
-        Self { all: Arc::new(Semaphore::new(all)), most: all, per_server, servers: Mutex::default() }
+        Self {
+            all: Arc::new(Semaphore::new(all)),
+            most: all,
+            per_server,
+            waiting: Arc::default(),
+            servers: Mutex::default(),
+        }
     }
 
     /// Waits for a permit of a server, in the order of arrival. Dropping the future leaves the queue.
     pub async fn on_server(&self, server: &str) -> Option<Granted<ServerPermit>> {
-        let semaphore = self.semaphore(server);
-        let Granted { permit, waited } = acquire(semaphore).await?;
+        let Server { semaphore, waiting, .. } = self.server(server);
+        let Granted { permit, waited } = acquire(semaphore, &waiting).await?;
         Some(Granted { permit: ServerPermit { server: server.to_owned(), _permit: permit }, waited })
     }
 
@@ -52,7 +72,7 @@ impl Turns {
     pub fn take_now(&self, server: &str, permit: &mut Option<ServerPermit>) -> bool {
         if permit.as_ref().is_none_or(|permit| !permit.is_for(server)) {
             drop(permit.take());
-            let taken = self.semaphore(server).try_acquire_owned().ok();
+            let taken = self.server(server).semaphore.try_acquire_owned().ok();
             *permit = taken.map(|permit| ServerPermit { server: server.to_owned(), _permit: permit });
         }
         permit.is_some()
@@ -70,7 +90,13 @@ impl Turns {
 
     /// Waits for one of the permits for all, in the order of arrival.
     pub async fn among_all(&self) -> Option<Granted<OwnedSemaphorePermit>> {
-        acquire(self.all.clone()).await
+        acquire(self.all.clone(), &self.waiting).await
+    }
+
+    /// What sweeps on a server know of each other, for whoever has a permit of it: without one it is forgotten at once.
+    pub fn company(&self, server: &str) -> Company {
+        let Server { waiting, begun, .. } = self.server(server);
+        Company::new(begun, waiting, self.waiting.clone())
     }
 
     /// How many of the permits for all are taken.
@@ -78,11 +104,16 @@ impl Turns {
         self.most.saturating_sub(self.all.available_permits())
     }
 
-    fn semaphore(&self, server: &str) -> Arc<Semaphore> {
+    fn server(&self, server: &str) -> Server {
         let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
         // Whoever waits for or has a permit holds a share of its semaphore.
-        servers.retain(|_, semaphore| Arc::strong_count(semaphore) > 1);
-        servers.entry(server.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(self.per_server))).clone()
+        servers.retain(|_, server| Arc::strong_count(&server.semaphore) > 1);
+        let new = || Server {
+            semaphore: Arc::new(Semaphore::new(self.per_server)),
+            waiting: Arc::default(),
+            begun: Arc::default(),
+        };
+        servers.entry(server.to_owned()).or_insert_with(new).clone()
     }
 }
 
@@ -94,11 +125,28 @@ impl ServerPermit {
 }
 
 /// Only a closed semaphore refuses, and nobody closes these.
-async fn acquire(semaphore: Arc<Semaphore>) -> Option<Granted<OwnedSemaphorePermit>> {
+async fn acquire(semaphore: Arc<Semaphore>, waiting: &AtomicUsize) -> Option<Granted<OwnedSemaphorePermit>> {
     if let Ok(permit) = semaphore.clone().try_acquire_owned() {
         return Some(Granted { permit, waited: false });
     }
+    let _waits = Waits::new(waiting);
     semaphore.acquire_owned().await.ok().map(|permit| Granted { permit, waited: true })
+}
+
+/// Somebody waits, until this is dropped.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    fn new(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[cfg(test)]
@@ -143,6 +191,33 @@ mod tests {
         assert!(turns.take_now("b", &mut none));
         let mut queued = None;
         assert!(!turns.take_now("b", &mut queued) && !turns.wait("b", &mut queued, &stopped).await && queued.is_none());
+    }
+
+    #[tokio::test]
+    async fn who_sweeps_knows_that_somebody_waits_and_what_those_beside_it_began() {
+        let turns = Turns::new(1, 1);
+        let (_here, _there) = (turns.on_server("a").await.unwrap(), turns.on_server("b").await.unwrap());
+        let [here, beside, there] = ["a", "a", "b"].map(|server| turns.company(server));
+        let all = || [&here, &beside, &there].map(Company::is_waited_for);
+        beside.begins();
+        assert_eq!(([here.begun(), there.begun()], all()), ([1, 0], [false; 3]));
+        for server in [Some("a"), None] {
+            let _last = turns.all.clone().try_acquire_owned();
+            let waiting = async {
+                match server {
+                    Some(server) => drop(turns.on_server(server).await),
+                    None => drop(turns.among_all().await),
+                }
+            };
+            assert!(
+                timeout(Duration::from_millis(10), async {
+                    tokio::join!(waiting, async { assert_eq!(all(), [true, true, server.is_none()]) })
+                })
+                .await
+                .is_err()
+            );
+            assert_eq!(all(), [false; 3], "who gave up waits no longer");
+        }
     }
 
     #[tokio::test]

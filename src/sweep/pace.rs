@@ -44,6 +44,10 @@ impl Pace {
             self.suspects = Some(suspects - rows).filter(|left| *left > 0);
             return;
         }
+        // A batch that was small for another reason says nothing of larger ones.
+        if rows < self.size {
+            return;
+        }
         self.good += 1;
         if self.good >= GOOD {
             (self.size, self.good, self.busy) = ((self.size * 2).min(self.most), 0, false);
@@ -118,6 +122,16 @@ mod tests {
         sizes.push(pace.next(i64::MAX));
         assert_eq!(sizes, [1000, 500, 250, 250, 250, 500, 500, 500, 1000, 1000]);
         assert_eq!(pace.next(7), 7);
+    }
+
+    #[test]
+    fn batches_that_were_small_for_another_reason_double_nothing() {
+        let mut pace = Pace::new(1000);
+        pace.was_busy(1000);
+        for _ in 0..10 {
+            pace.went_well(10);
+        }
+        assert_eq!(pace.next(i64::MAX), 500);
     }
 
     #[test]

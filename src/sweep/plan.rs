@@ -11,6 +11,9 @@ use crate::api::spec::Mode;
 /// At most this many stale rows are counted for the backlog, and one more to tell "more than".
 const MAX_BACKLOG: i64 = 10_000;
 
+/// No sweep gives way for more than a quarter of this, however much time it has.
+const LONGEST_COURTESY: Duration = Duration::from_mins(10);
+
 /// No row is taken for stale sooner.
 const LEAST_TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -41,8 +44,8 @@ pub struct Plan {
     pub statement_timeout: Duration,
     /// The longest that the sweep may take.
     pub deadline: Duration,
-    /// How often it comes.
-    pub period: Duration,
+    /// How long it gives way to others who write to the server.
+    pub patience: Duration,
 }
 
 /// Names as the spec and the catalog have them, not quoted.
@@ -106,7 +109,7 @@ impl Plan {
             batch_size: spec.batch_size.into(),
             statement_timeout: spec.statement_timeout.as_std(),
             deadline: spec.deadline.as_std(),
-            period: spec.period.as_std(),
+            patience: spec.period.as_std().min(spec.deadline.as_std()).min(LONGEST_COURTESY) / 4,
         })
     }
 
@@ -166,6 +169,15 @@ mod tests {
         assert_eq!(plan.assignments, r#", "result_kind" = 'timeout'"#);
         assert_eq!((plan.timeout, plan.limit), (Duration::from_secs(14_400), 1000));
         assert_eq!(plan.backlog_bound(), 1000);
+    }
+
+    #[test]
+    fn a_sweep_gives_way_for_a_quarter_of_its_time() {
+        for (period, deadline, seconds) in [("1m", "5m", 15), ("10m", "5m", 75), ("24h", "24h", 150), ("1m", "4s", 1)] {
+            let plan =
+                plan(json!({ "database": { "secretRef": { "name": "db" } }, "period": period, "deadline": deadline }));
+            assert_eq!(plan.patience, Duration::from_secs(seconds));
+        }
     }
 
     #[test]

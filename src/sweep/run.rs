@@ -2,6 +2,7 @@
 
 mod commit;
 mod stop;
+mod tries;
 mod trouble;
 
 use std::time::Duration;
@@ -11,7 +12,7 @@ use tokio_postgres::SimpleQueryMessage;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Session;
-use super::courtesy::Courtesy;
+use super::courtesy::{Company, Courtesy};
 use super::error::{Recovery, Step};
 use super::pace::Pace;
 use super::report::Ended;
@@ -51,6 +52,15 @@ pub struct Job {
     pub limit: i64,
     /// Where to begin; None: with the oldest row.
     pub resume_after: Option<Cursor>,
+    /// Sweeps of this process on the same server.
+    pub company: Company,
+}
+
+impl Job {
+    /// A whole sweep from the oldest row on, alone.
+    pub fn new(plan: Plan, target: Target) -> Self {
+        Self { limit: plan.limit, plan, target, resume_after: None, company: Company::default() }
+    }
 }
 
 /// A sweep whose connection is open.
@@ -113,10 +123,10 @@ pub async fn go_on(connected: Connected, job: &Job, stop: &CancellationToken) ->
 }
 
 async fn run(connected: Connected, job: &Job, stop: &CancellationToken, report: &mut Report) -> Result<Ended, Error> {
-    let Job { plan, target, limit, resume_after } = job;
+    let Job { plan, target, limit, resume_after, company } = job;
     let Connected { session, start } = connected;
     let deadline = start + plan.deadline;
-    let mut sweep = Sweep { plan, target, session, resume_after, deadline, stop, report };
+    let mut sweep = Sweep { plan, target, session, resume_after, company, deadline, stop, report };
     let cutoff = tokio::select! {
         cutoff = sweep.cutoff(start) => cutoff?,
         () = stop.cancelled() => return Ok(Ended::Stopped),
@@ -160,6 +170,7 @@ struct Sweep<'a> {
     target: &'a Target,
     session: Session,
     resume_after: &'a Option<Cursor>,
+    company: &'a Company,
     deadline: Instant,
     stop: &'a CancellationToken,
     report: &'a mut Report,
@@ -206,7 +217,7 @@ impl Sweep<'_> {
     /// Completes batches until nothing is left or something ends it; also returns how far it looked.
     async fn batches(&mut self, cutoff: &str, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
         let mut pace = Pace::new(self.plan.batch_size);
-        let mut courtesy = Courtesy::new(self.plan.period, self.plan.deadline);
+        let mut courtesy = Courtesy::new(self.plan.patience);
         let mut cursor = self.resume_after.clone();
         let mut trouble = Trouble::default();
         let ended = loop {
@@ -215,12 +226,13 @@ impl Sweep<'_> {
                 break Ended::LimitReached;
             }
             let alone = pace.alone();
-            let way = courtesy.gives_way(self.time_spent());
+            let way = courtesy.gives_way(self.time_spent()).filter(|_| !self.company.is_waited_for());
             let size = if alone { 1 } else { pace.next(way.map_or(left, |(rows, _)| left.min(rows))) };
             if let Some((_, time)) = way {
                 pause(time).await;
             }
-            courtesy.begins();
+            self.company.begins();
+            let begun = self.company.begun();
             let tried = if alone {
                 self.one(cutoff, cursor.as_ref()).await
             } else {
@@ -234,11 +246,11 @@ impl Sweep<'_> {
                         return Err(Error::NullKey);
                     }
                     self.commit(&batch).await?;
-                    self.report.small_batches += i64::from(way.is_some());
+                    self.report.small_batches += i64::from(size < pace.next(left));
                     trouble = Trouble::default();
                     pace.went_well(size);
                     if let Some(ended) = batch.ended {
-                        courtesy.saw(ended, self.time_spent());
+                        courtesy.saw(ended, begun, self.time_spent());
                     }
                     cursor = batch.cursor.or(cursor);
                     if batch.selected < size {
@@ -323,49 +335,6 @@ impl Sweep<'_> {
             time_started: cursor.time_started.clone(),
             id: cursor.id.clone().filter(|_| is_plain(key_type)),
         })
-    }
-
-    /// Completes the next row by itself, up to its COMMIT; a refusal tells which row it is.
-    async fn one(&mut self, cutoff: &str, cursor: Option<&Cursor>) -> Result<Tried, Error> {
-        let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(Tried::Early(self.cause())) };
-        let sql = statement::choose_one(self.plan, cutoff, cursor, statement_timeout);
-        let chosen = match self.ask_for_rows(Step::Select, &sql, statement_timeout).await? {
-            Answer::Early(ended) => return Ok(Tried::Early(ended)),
-            Answer::Rows(answer) => statement::read_chosen(&answer),
-        };
-        let Some((row, key_type)) = chosen else {
-            self.session.rollback().await;
-            return Ok(Tried::Early(Ended::Drained));
-        };
-        match self.ask_for_rows(Step::Batch, &statement::complete_one(self.plan, &row), statement_timeout).await {
-            Ok(Answer::Early(ended)) => Ok(Tried::Early(ended)),
-            Ok(Answer::Rows(answer)) => self.read_batch(&answer).await.map(Tried::Batch),
-            Err(error @ Error::Server(_)) => {
-                self.session.rollback().await;
-                Ok(Tried::Refused { row, key_type, error })
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Runs one batch up to its COMMIT.
-    async fn batch(&mut self, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> Result<Tried, Error> {
-        let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(Tried::Early(self.cause())) };
-        let sql = statement::batch(self.plan, cutoff, cursor, size, statement_timeout);
-        match self.ask_for_rows(Step::Batch, &sql, statement_timeout).await? {
-            Answer::Early(ended) => Ok(Tried::Early(ended)),
-            Answer::Rows(answer) => self.read_batch(&answer).await.map(Tried::Batch),
-        }
-    }
-
-    /// Reads what a batch did, and takes it back if it changed rows beside those that it chose.
-    async fn read_batch(&self, answer: &[SimpleQueryMessage]) -> Result<Batch, Error> {
-        let batch = statement::read_batch(answer).ok_or(Error::Answer("a batch"))?;
-        if batch.completed > batch.selected {
-            self.session.rollback().await;
-            return Err(Error::KeyNotUnique { selected: batch.selected, completed: batch.completed });
-        }
-        Ok(batch)
     }
 
     /// How long the next statement may take; None: no further one begins. Never all the time that is left, so that a

@@ -1,13 +1,17 @@
 //! Corners where a sweep could hang, starve rows, lose counts or show what it must not.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::api::status::Outcome;
+use audit_log_sweeper::sweep::courtesy::Company;
 use audit_log_sweeper::sweep::sweep;
 use serde_json::{Value, json};
 use support::wait::eventually;
 use tokio::net::TcpListener;
+use tokio_postgres::NoTls;
 use tokio_util::sync::CancellationToken;
 
 use crate::fixtures::operator::has;
@@ -194,31 +198,50 @@ async fn a_stop_during_the_count_of_the_backlog_keeps_what_was_done() {
 }
 
 #[tokio::test]
-async fn a_sweep_gives_way_to_others_who_write_and_does_no_less_for_it() {
+async fn a_sweep_gives_way_to_others_who_write_for_a_while_and_leaves_nothing_undone() {
     let log = Log::new().await;
-    log.start_many(2000).await;
-    let done = CancellationToken::new();
+    log.start_many(12_000).await;
+    let (done, written) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));
     let others: Vec<_> = (0..2)
         .map(|_| {
-            let (uri, done) = (log.uri(), done.clone());
+            let (uri, done, written) = (log.uri(), done.clone(), written.clone());
             tokio::spawn(async move {
-                let (client, connection) = tokio_postgres::connect(&uri, tokio_postgres::NoTls).await.unwrap();
+                let (client, connection) = tokio_postgres::connect(&uri, NoTls).await.unwrap();
                 let connection = tokio::spawn(connection);
                 while !done.is_cancelled() {
                     client.batch_execute("SELECT pg_current_xact_id()").await.unwrap();
+                    written.fetch_add(1, Ordering::SeqCst);
                 }
                 drop(client);
                 connection.await.unwrap().unwrap();
             })
         })
         .collect();
-    let report = log.sweep(json!({ "limit": 1500, "batchSize": 100 })).await;
+    eventually("the others to write", Duration::from_secs(30), || async {
+        let written = written.load(Ordering::SeqCst);
+        if written > 100 { Ok(()) } else { Err(format!("{written} transactions")) }
+    })
+    .await;
+    let whole = log.sweep(json!({ "limit": 2000, "batchSize": 200 })).await;
+    let mut job = log.job(json!({ "limit": 2000, "batchSize": 200 }));
+    // Somebody waits until it is over.
+    let waiting = Arc::new(AtomicUsize::new(1));
+    job.company = Company::new(Arc::default(), waiting, Arc::default());
+    let waited_for = sweep(&job, &CancellationToken::new()).await;
+    // At full speed again after the second half of a second, and before the third.
+    let mut job = log.job(json!({ "limit": 8000, "batchSize": 200 }));
+    job.plan.patience = Duration::from_millis(250);
+    let short = sweep(&job, &CancellationToken::new()).await;
     done.cancel();
     for other in others {
         other.await.unwrap();
     }
-    assert_eq!((report.timed_out, report.outcome()), (1500, Outcome::LimitReached), "{report:?}");
-    // All but the first two, unless a busy machine keeps the others from writing for a while.
-    assert!(report.small_batches > 50, "{report:?}");
-    assert_eq!(log.timed_out().await, (1..=1500).collect::<Vec<_>>(), "the oldest");
+    for (report, rows) in [(&whole, 2000), (&waited_for, 2000), (&short, 8000)] {
+        assert_eq!(report.timed_out, rows, "{report:?}");
+    }
+    assert_eq!(log.timed_out().await, (1..=12_000).collect::<Vec<_>>());
+    // All but the first two batches of it are of ten rows.
+    assert!(whole.small_batches > 100, "{whole:?}");
+    assert_eq!((waited_for.small_batches, waited_for.batches), (0, 10), "{waited_for:?}");
+    assert!(short.small_batches > 5 && short.batches - short.small_batches > 10, "{short:?}");
 }

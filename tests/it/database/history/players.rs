@@ -74,7 +74,7 @@ pub fn job(uri: &str, name: &str, spec: Value) -> Job {
     let roots = Arc::new(tls::default_roots(None).unwrap());
     let mode = Some(audit_log_sweeper::api::spec::TlsMode::Disable);
     let target = Target::new(&Credentials::new(ConnectionUri::new(uri)), mode, &roots, &app(name)).unwrap();
-    Job { limit: plan.limit, plan, target, resume_after: None }
+    Job::new(plan, target)
 }
 
 /// Sweeps again and again.
