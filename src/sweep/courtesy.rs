@@ -21,7 +21,7 @@ const GONE: Duration = Duration::from_secs(1);
 const ROWS: i64 = 10;
 
 /// How long a sweep leaves the server alone before such a batch.
-const PAUSE: Duration = Duration::from_millis(5);
+pub const PAUSE: Duration = Duration::from_millis(5);
 
 /// The sizes double so often in as long as a sweep gave way; the last is above any batch.
 const DOUBLINGS: u32 = 10;
@@ -90,13 +90,13 @@ impl Courtesy {
         };
     }
 
-    /// The most rows of the next batch, and how long to leave the server alone before it. None: nobody is in the way.
-    pub fn gives_way(&self, at: Duration) -> Option<(i64, Duration)> {
+    /// The most rows of the next batch, which then comes after a [`PAUSE`]. None: nobody is in the way.
+    pub fn gives_way(&self, at: Duration) -> Option<i64> {
         self.others.filter(|_| !self.patience.is_zero())?;
         let step = (self.patience / DOUBLINGS).max(Duration::from_millis(1));
         let steps = at.saturating_sub(self.patience).as_millis().div_ceil(step.as_millis());
         let doublings = u32::try_from(steps).ok().filter(|doublings| *doublings < DOUBLINGS)?;
-        Some((ROWS << doublings, PAUSE))
+        Some(ROWS << doublings)
     }
 }
 
@@ -124,7 +124,7 @@ mod tests {
             ended += others + u64::from(courtesy.counts.is_some());
             let at = millis(from + 10 * batch);
             courtesy.saw(ended, begun, at);
-            sizes.push(courtesy.gives_way(at).map(|(rows, _)| rows));
+            sizes.push(courtesy.gives_way(at));
         }
         sizes
     }
@@ -167,7 +167,7 @@ mod tests {
         for patience in [millis(75_000), millis(150_000), millis(250)] {
             let mut courtesy = Courtesy::new(patience);
             play(&mut courtesy, 0, &[0, 1000]);
-            let rows = |share: f64| courtesy.gives_way(patience.mul_f64(share)).map(|(rows, _)| rows);
+            let rows = |share: f64| courtesy.gives_way(patience.mul_f64(share));
             assert_eq!((rows(0.0), rows(1.0)), (Some(ROWS), Some(ROWS)));
             assert_eq!((rows(1.09), rows(1.49), rows(1.89)), (Some(20), Some(320), Some(5120)));
             assert_eq!(rows(2.0), None);
@@ -191,6 +191,6 @@ mod tests {
             courtesy.gives_way(at);
             courtesy.gives_way(Duration::MAX);
         }
-        assert_eq!(courtesy.gives_way(Duration::MAX), Some((ROWS, PAUSE)));
+        assert_eq!(courtesy.gives_way(Duration::MAX), Some(ROWS));
     }
 }

@@ -12,7 +12,7 @@ use tokio_postgres::SimpleQueryMessage;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Session;
-use super::courtesy::{Company, Courtesy};
+use super::courtesy::{self, Company, Courtesy};
 use super::error::{Recovery, Step};
 use super::pace::Pace;
 use super::report::Ended;
@@ -227,9 +227,9 @@ impl Sweep<'_> {
             }
             let alone = pace.alone();
             let way = courtesy.gives_way(self.time_spent()).filter(|_| !self.company.is_waited_for());
-            let size = if alone { 1 } else { pace.next(way.map_or(left, |(rows, _)| left.min(rows))) };
-            if let Some((_, time)) = way {
-                pause(time).await;
+            let size = if alone { 1 } else { pace.next(way.map_or(left, |rows| left.min(rows))) };
+            if way.is_some() {
+                pause(courtesy::PAUSE).await;
             }
             self.company.begins();
             let begun = self.company.begun();

@@ -228,7 +228,7 @@ async fn a_sweep_gives_way_to_others_who_write_for_a_while_and_leaves_nothing_un
     let waiting = Arc::new(AtomicUsize::new(1));
     job.company = Company::new(Arc::default(), waiting, Arc::default());
     let waited_for = sweep(&job, &CancellationToken::new()).await;
-    // At full speed again after the second half of a second, and before the third.
+    // At full speed again after twice its patience.
     let mut job = log.job(json!({ "limit": 8000, "batchSize": 200 }));
     job.plan.patience = Duration::from_millis(250);
     let short = sweep(&job, &CancellationToken::new()).await;

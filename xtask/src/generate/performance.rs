@@ -43,23 +43,22 @@ overwrite a completion; the unbounded one also holds up every request for its ro
 
 Requests are made at half of what the server can do, and counted from when they were due, so that a stall is felt by all
 that should have begun meanwhile. They and the server share the machine's cores.
-The statistics are fresh, since a request that completes its row by `id` and `time_completed IS NULL` walks all open rows with
-those from before the backlog: it takes many times as long, with and without a sweep. In that table `[...]` is the median against the median
-without a sweep, since this machine stalls for some 0.3 s now and then, in whatever is measured: take the figures for about so much. Ours
-[gives way](sql-contract.md#what-a-sweep-does-to-the-server) nearly throughout, since a quarter of its time is longer than the drain. So each request is held
-up much less, but some are for much longer. Of a backlog that outlasts that the rest goes in ever larger batches, which requests feel as
-they feel other loops.
+The statistics are fresh, since a request that completes its row by `id` and `time_completed IS NULL` walks all open rows
+with those from before the backlog: it takes many times as long, with and without a sweep. In that table `[...]` is the
+median against the median without a sweep, since in other runs the machine stalled for some 0.3 s in one round or another.
+Ours [gives way](sql-contract.md#what-a-sweep-does-to-the-server) nearly throughout, since a quarter of its time is longer
+than the drain. So each request is held up much less, but some are for much longer. Of a backlog that outlasts that the
+rest goes in ever larger batches, which requests feel as they feel other loops.
 ";
 
 const ABOUT_CONTROLLER: &str = "\
-One run: 10,000 objects with a period of 10 minutes ask for 16.7 sweeps a second, which is what `steady` shows. At the first start a
-new object gets its first status and is then checked, and swept at its slot; after the restart every object is checked and swept. What is `in all` is
-from the restart on. `sustained` is the most that this machine does, three at once on one server, each with a check before it.
+One run: 10,000 objects with a period of 10 minutes ask for 16.7 sweeps a second, which is what `steady` shows. At the first
+start a new object gets its first status, is then checked, and is swept at its slot. Before the restart every object was
+due, and a new process checks each table, in a session of its own, before it sweeps it; so `sustained` is the most that
+this machine does of both, three at once on one server. What is `in all` is from the restart on.
 
 The objects share the databases of one server, and nothing is to be swept; the operator, the API server, etcd and PostgreSQL
-share the machine, and etcd does not wait for its disk. Before the restart every object was due, and a new
-process checks each table, in a session of its own, before it sweeps it. For comparison, tried once by hand: one run of a
-CronJob with psql made a Job, a Pod and 8 events, and took 3 s on a real node, never more often than once a minute.
+share the machine, and etcd does not wait for its disk. For comparison, tried once by hand: one run of a CronJob with psql made a Job, a Pod and 8 events, and took 3 s on a real node, never more often than once a minute.
 ";
 
 /// The document. None: nothing is kept.
