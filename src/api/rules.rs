@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use kube_cel::CompiledSchema;
 use serde_json::{Map, Value, json};
 
-use super::{AuditLogSweeperSpec, crd};
+use super::{AuditLogSweeper, AuditLogSweeperSpec, crd};
 
 /// Compiled once.
 static RULES: LazyLock<Rules> = LazyLock::new(|| {
@@ -41,6 +41,48 @@ pub fn judge(object: &mut Value) -> Vec<String> {
 /// Everything that the API server would refuse of a spec; nothing if it is well.
 pub fn judge_spec(spec: &AuditLogSweeperSpec) -> Vec<String> {
     judge(&mut json!({ "spec": spec }))
+}
+
+/// Reads an object of the cluster. A spec field that this version does not know may narrow what is swept, so such an object
+/// is refused.
+///
+/// # Errors
+/// What is wrong with the object: its unknown spec fields, or the first field that cannot be read.
+pub fn parse(object: Value) -> Result<AuditLogSweeper, String> {
+    let mut unknown = vec![];
+    if let (Some(schema), Some(spec)) = (RULES.schema.pointer("/properties/spec"), object.get("spec")) {
+        unknown_fields(schema, spec, "spec", &mut unknown);
+    }
+    if !unknown.is_empty() {
+        return Err(format!(
+            "this operator (version {}) does not know {}",
+            env!("CARGO_PKG_VERSION"),
+            unknown.join(", ")
+        ));
+    }
+    serde_json::from_value(object).map_err(|error| error.to_string())
+}
+
+/// The paths of the fields that the schema does not name.
+fn unknown_fields(schema: &Value, value: &Value, path: &str, unknown: &mut Vec<String>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                let path = format!("{path}.{name}");
+                match schema.get("properties").and_then(|properties| properties.get(name)) {
+                    Some(child) => unknown_fields(child, field, &path, unknown),
+                    None => unknown.push(path),
+                }
+            }
+        }
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                let items = schema.get("items").unwrap_or(&Value::Null);
+                unknown_fields(items, item, &format!("{path}[{index}]"), unknown);
+            }
+        }
+        _ => {}
+    }
 }
 
 /// The schema of the whole object. The metadata is the API server's own matter.

@@ -11,7 +11,7 @@ use kube::ResourceExt;
 use super::cluster::{Cluster, ClusterError};
 use super::{Output, default_roots};
 use crate::api::manifest::{self, Manifest};
-use crate::api::{AuditLogSweeper, Reason};
+use crate::api::{AuditLogSweeper, Reason, rules};
 use crate::credentials::{self, ConnectionUri, Credentials, CredentialsError, SecretData};
 use crate::sweep::{Plan, Target};
 use crate::telemetry::LogLevel;
@@ -72,8 +72,9 @@ pub enum FetchError {
 /// When one of them is not there, not readable for the user, or not right.
 pub async fn fetch(cluster: &Cluster, name: &str, args: &Source) -> Result<Input, FetchError> {
     let object = cluster.get(name).await.map_err(FetchError::Cluster)?;
-    let sweeper: AuditLogSweeper = object.try_parse().map_err(|error| {
-        FetchError::Found(Reason::InvalidSpec, format!("the object cannot be read as an AuditLogSweeper: {error}"))
+    let sweeper = serde_json::to_value(object).map_err(|error| error.to_string()).and_then(rules::parse);
+    let sweeper = sweeper.map_err(|error| {
+        FetchError::Found(Reason::InvalidSpec, format!("the object is not a valid AuditLogSweeper: {error}"))
     })?;
     let database = &sweeper.spec.database;
     // Not DATABASE_URL: what is asked is whether the object's own Secret is right.

@@ -6,13 +6,13 @@ use std::pin::pin;
 use std::time::Duration;
 
 use futures::FutureExt;
-use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Resource, ResourceExt};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use super::fetched::Fetched;
 use super::outcome::Failure;
 use crate::api::{AuditLogSweeper, Reason};
 use crate::sweep::Class;
@@ -21,7 +21,7 @@ use crate::sweep::Class;
 const LOOK: Duration = Duration::from_millis(250);
 
 /// What the watches have seen.
-pub type Stores = [Store<DeserializeGuard<AuditLogSweeper>>];
+pub type Stores = [Store<Fetched>];
 
 /// Waits for some work that is done for an object, and cancels `stop`, at which it ends, when the object leaves.
 pub async fn while_it_stays<T>(
@@ -80,8 +80,6 @@ mod tests {
 
     use super::*;
 
-    type Seen = DeserializeGuard<AuditLogSweeper>;
-
     fn object(metadata: serde_json::Value) -> AuditLogSweeper {
         let mut whole = json!({ "name": "app", "namespace": "n", "uid": "1" });
         whole.as_object_mut().unwrap().extend(metadata.as_object().unwrap().clone());
@@ -90,8 +88,8 @@ mod tests {
             .unwrap()
     }
 
-    fn seen(metadata: serde_json::Value) -> Seen {
-        DeserializeGuard(Ok(object(metadata)))
+    fn seen(metadata: serde_json::Value) -> Fetched {
+        Fetched(Ok(object(metadata)))
     }
 
     #[test]

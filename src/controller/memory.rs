@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use kube::ResourceExt;
-use kube::core::DeserializeGuard;
 use kube::runtime::reflector::Store;
 
+use super::fetched::Fetched;
 use super::stopping::Pending;
-use crate::api::{AuditLogSweeper, AuditLogSweeperSpec, rules};
+use crate::api::{AuditLogSweeperSpec, rules};
 use crate::telemetry::metrics::Counts;
 
 /// What is remembered of one object.
@@ -97,7 +97,7 @@ impl Memories {
     }
 
     /// Forgets objects that are gone, now and then.
-    pub fn retain(&self, stores: &[Store<DeserializeGuard<AuditLogSweeper>>]) {
+    pub fn retain(&self, stores: &[Store<Fetched>]) {
         let mut memories = self.lock();
         if memories.len() > stores.iter().map(Store::len).sum::<usize>() * 2 + 16 {
             let live: HashSet<_> = stores.iter().flat_map(Store::state).filter_map(|object| object.uid()).collect();

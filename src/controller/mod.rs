@@ -9,6 +9,7 @@
 
 mod attempt;
 pub mod decide;
+mod fetched;
 mod guard;
 pub mod lease;
 mod log;
@@ -30,7 +31,6 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use kube::core::DeserializeGuard;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::Store;
 use kube::{Client, Config, ResourceExt};
@@ -39,9 +39,9 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::AuditLogSweeper;
 use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::{self, Metrics, ObjectSeries, Snapshot};
+use fetched::Fetched;
 use lease::Leadership;
 use memory::Memories;
 use resolve::ApiServer;
@@ -133,7 +133,7 @@ impl Context {
         Snapshot { sweeps_in_flight, objects, leader, series }
     }
 
-    fn series(&self, object: &DeserializeGuard<AuditLogSweeper>) -> ObjectSeries {
+    fn series(&self, object: &Fetched) -> ObjectSeries {
         let gauges = match &object.0 {
             Ok(object) => metrics::values(&object.spec, &object.status.clone().unwrap_or_default()),
             Err(_) => metrics::invalid(),

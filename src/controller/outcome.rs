@@ -182,7 +182,7 @@ impl Update {
 /// The status of an object that is not, or does not say what, a sweep can be made of.
 pub fn invalid(old: &AuditLogSweeperStatus, generation: i64, error: &str, now: DateTime<Utc>) -> AuditLogSweeperStatus {
     let message = format!(
-        "the object is no valid AuditLogSweeper: {error}. Mend the spec, or upgrade the operator if it is older than \
+        "the object is not a valid AuditLogSweeper: {error}. Fix the spec, or upgrade the operator if it is older than \
          the CustomResourceDefinition"
     );
     let reason = Reason::InvalidSpec;

@@ -5,12 +5,13 @@ use std::fmt::Debug;
 use chrono::{DateTime, Utc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
-use kube::core::{DeserializeGuard, NamespaceResourceScope};
+use kube::core::NamespaceResourceScope;
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::fetched::Fetched;
 use super::notice::{Notice, notices};
 use super::outcome::{self, Subject, Update};
 use super::resolve::{ApiError, ApiServer, object, text};
@@ -75,7 +76,7 @@ pub async fn publish(
             Err(error) => return Err(error),
         }
         match object(server, &namespace, &base.name_any()).await? {
-            Some(DeserializeGuard(Ok(now))) if now.uid().as_deref() == Some(&subject.uid) => base = now,
+            Some(Fetched(Ok(now))) if now.uid().as_deref() == Some(&subject.uid) => base = now,
             // Gone, replaced, or unreadable by now: there is nothing to write onto.
             _ => return Ok(None),
         }
@@ -152,5 +153,5 @@ pub async fn publish_invalid(
     if same(&old, &new) {
         return Ok(());
     }
-    patch::<DeserializeGuard<AuditLogSweeper>>(server, &object.metadata, &json!(new)).await.map(drop)
+    patch::<Fetched>(server, &object.metadata, &json!(new)).await.map(drop)
 }

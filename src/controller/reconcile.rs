@@ -8,7 +8,6 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use futures::FutureExt;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::core::DeserializeGuard;
 use kube::runtime::controller::Action;
 use kube::{Resource, ResourceExt};
 use tokio::sync::SemaphorePermit;
@@ -16,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::decide::{Decision, decide};
+use super::fetched::Fetched;
 use super::guard::{self, contained};
 use super::outcome::{Subject, Update};
 use super::perform::{Attempt, check, job, prepare};
@@ -45,7 +45,7 @@ enum Pass {
 /// # Errors
 /// None.
 pub async fn reconcile(
-    object: Arc<DeserializeGuard<AuditLogSweeper>>,
+    object: Arc<Fetched>,
     context: Arc<Context>,
 ) -> Result<Action, Infallible> {
     let _running = context.running.token();
@@ -82,7 +82,7 @@ pub async fn reconcile(
 }
 
 async fn drive(
-    object: &DeserializeGuard<AuditLogSweeper>,
+    object: &Fetched,
     uid: &str,
     context: &Context,
 ) -> Result<Option<DateTime<Utc>>, ApiError> {
@@ -211,7 +211,7 @@ async fn act(
     let selected = context.settings.selector.as_deref();
     let selected = Box::pin(resolve::selected(&context.server, namespace, name, selected));
     let object = match unless(term, selected).await.transpose()? {
-        Some(Some(DeserializeGuard(Ok(object))))
+        Some(Some(Fetched(Ok(object))))
             if object.uid().as_deref() == Some(*uid) && context.memories.broken_rules(uid, &object.spec).is_empty() =>
         {
             object

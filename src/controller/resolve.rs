@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::ListParams;
-use kube::core::DeserializeGuard;
 use kube::{Api, Client, ResourceExt};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
+use super::fetched::Fetched;
 use super::outcome::Failure;
 use crate::api::{AuditLogSweeper, Reason};
 use crate::credentials::{self, Credentials, CredentialsError};
@@ -163,7 +163,7 @@ impl ApiServer {
 
 /// Leaves out what nobody here reads, and what is most of an object in memory: who wrote which field, and the object as
 /// somebody applied it.
-pub fn leave_out(object: &mut DeserializeGuard<AuditLogSweeper>) {
+pub fn leave_out(object: &mut Fetched) {
     object.managed_fields_mut().clear();
     object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
 }
@@ -173,8 +173,8 @@ pub async fn object(
     server: &ApiServer,
     namespace: &str,
     name: &str,
-) -> Result<Option<DeserializeGuard<AuditLogSweeper>>, ApiError> {
-    let api: Api<DeserializeGuard<AuditLogSweeper>> = Api::namespaced(server.client.clone(), namespace);
+) -> Result<Option<Fetched>, ApiError> {
+    let api: Api<Fetched> = Api::namespaced(server.client.clone(), namespace);
     let mut object = server.essential(Operation::GetObject, namespace, api.get_opt(name)).await?;
     match &mut object {
         Some(object) => leave_out(object),
@@ -190,9 +190,9 @@ pub async fn selected(
     namespace: &str,
     name: &str,
     selector: Option<&str>,
-) -> Result<Option<DeserializeGuard<AuditLogSweeper>>, ApiError> {
+) -> Result<Option<Fetched>, ApiError> {
     let Some(selector) = selector else { return object(server, namespace, name).await };
-    let api: Api<DeserializeGuard<AuditLogSweeper>> = Api::namespaced(server.client.clone(), namespace);
+    let api: Api<Fetched> = Api::namespaced(server.client.clone(), namespace);
     let one = ListParams::default().labels(selector).fields(&format!("metadata.name={name}"));
     let mut object = server.within(Operation::GetObject, api.list(&one)).await?.items.pop();
     object.iter_mut().for_each(leave_out);

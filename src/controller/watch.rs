@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use futures::{StreamExt, stream};
 use kube::api::{ListParams, WatchParams};
-use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{self, Store};
 use kube::runtime::utils::Backoff;
 use kube::runtime::{Controller, WatchStreamExt, controller, watcher};
@@ -14,9 +13,9 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::fetched::Fetched;
 use super::resolve::{ApiError, ApiServer, text};
 use super::{Context, Settings, reconcile, resolve};
-use crate::api::AuditLogSweeper;
 use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::Operation;
 
@@ -26,14 +25,14 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(800), Duration::from_
 /// How often a watch that failed is looked after.
 const PROBE: Duration = Duration::from_secs(1);
 
-type Objects = Api<DeserializeGuard<AuditLogSweeper>>;
+type Objects = Api<Fetched>;
 
 /// The objects of one namespace, or of all.
 pub struct Scope {
     name: String,
     objects: Objects,
     selector: Option<String>,
-    controller: Controller<DeserializeGuard<AuditLogSweeper>>,
+    controller: Controller<Fetched>,
 }
 
 impl Scope {
@@ -55,7 +54,7 @@ impl Scope {
     }
 
     /// What the watch has seen.
-    pub fn store(&self) -> Store<DeserializeGuard<AuditLogSweeper>> {
+    pub fn store(&self) -> Store<Fetched> {
         self.controller.store()
     }
 
@@ -141,7 +140,7 @@ struct Health {
 
 impl Health {
     /// Never returns while the store has a writer.
-    async fn look_after(&self, store: &Store<DeserializeGuard<AuditLogSweeper>>, failed: &Notify) {
+    async fn look_after(&self, store: &Store<Fetched>, failed: &Notify) {
         let mut first = true;
         loop {
             if first {

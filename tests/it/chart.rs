@@ -58,7 +58,7 @@ impl Cluster {
     }
 }
 
-/// The chart of a later version, whose CRD has the field `spec.note`.
+/// The chart of a later version, whose CRD has the fields `spec.note` and `spec.complete[].later`.
 fn later_chart(scratch: &Scratch) -> String {
     let place = scratch.path().join("later");
     copy(&chart(), &place);
@@ -71,6 +71,9 @@ fn later_chart(scratch: &Scratch) -> String {
     let first = "            properties:\n              batchSize:";
     let note = "            properties:\n              note:\n                type: string\n              batchSize:";
     edit("files/crd.yaml", first, note);
+    let column = "                  properties:\n                    column:";
+    let later = "                  properties:\n                    later:\n                      type: string\n                    column:";
+    edit("files/crd.yaml", column, later);
     place.display().to_string()
 }
 
@@ -101,6 +104,16 @@ async fn installs_upgrades_rolls_back_and_uninstalls_without_losing_objects() {
     cluster.knows_note(true).await;
     let deployment = ["get", "deployment", RELEASE.1, "-n", RELEASE.0, "-o", "jsonpath={.spec.template.spec}"];
     assert!(cluster.kubectl(&deployment).contains("--log-level=debug"));
+
+    // An older CRD would drop the new fields from the objects without a word.
+    let older = ["upgrade", RELEASE.1, &chart, "-n", RELEASE.0];
+    let refused = output(cluster.0.helm().args(older)).unwrap_err().to_string();
+    assert!(refused.contains("does not know spec.complete[].later, spec.note. The"), "{refused}");
+    cluster.knows_note(true).await;
+    cluster.helm(&[&older[..], &["--set", "crds.downgrade=true"]].concat());
+    cluster.knows_note(false).await;
+    cluster.helm(&["upgrade", RELEASE.1, &later, "-n", RELEASE.0, "--set", "logLevel=debug"]);
+    cluster.knows_note(true).await;
 
     cluster.helm(&["rollback", RELEASE.1, "1", "-n", RELEASE.0]);
     cluster.knows_note(false).await;

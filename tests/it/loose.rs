@@ -40,7 +40,10 @@ async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
     };
     // Each with what it is told. The malformed one cannot even be read.
     let wrong = [
-        ("malformed", json!({ "period": ["every", "day"] }), "Mend the spec"),
+        ("malformed", json!({ "period": ["every", "day"] }), "Fix the spec"),
+        // Of a later version: without it, more rows would be swept than the user means.
+        ("unknown", json!({ "holdAbove": 5 }), "does not know spec.holdAbove"),
+        ("nested", json!({ "columns": { "timeZone": "Europe/Paris" } }), "does not know spec.columns.timeZone"),
         ("timeout", json!({ "timeout": "0s" }), "spec.timeout: must be a duration such as 4h or 1h30m, from 1m"),
         ("period", json!({ "period": "0s" }), "spec.period: must be a duration such as 4h or 1h30m, from 5s"),
         ("limit", json!({ "limit": -5 }), "spec.limit: Invalid value: -5: should be greater than or equal to 1"),

@@ -61,6 +61,20 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   verbs: [create, patch]
 {{- end -}}
 
+{{/* The paths of the fields that the schema "installed" has and the schema "ours" has not, each with a blank before it. */}}
+{{- define "audit-log-sweeper.unknownFields" -}}
+{{- $ours := get .ours "properties" | default dict -}}
+{{- range $name, $installed := get .installed "properties" | default dict -}}
+{{- $path := printf "%s.%s" $.path $name -}}
+{{- if hasKey $ours $name -}}
+{{- include "audit-log-sweeper.unknownFields" (dict "path" $path "installed" $installed "ours" (get $ours $name)) -}}
+{{- else }} {{ $path }}{{ end -}}
+{{- end -}}
+{{- if and (hasKey .installed "items") (hasKey .ours "items") -}}
+{{- include "audit-log-sweeper.unknownFields" (dict "path" (printf "%s[]" .path) "installed" .installed.items "ours" .ours.items) -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "audit-log-sweeper.subjects" -}}
 - kind: ServiceAccount
   name: {{ include "audit-log-sweeper.serviceAccountName" . }}
