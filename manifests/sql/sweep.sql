@@ -12,7 +12,8 @@ SET LOCAL statement_timeout = '30s';
 
 WITH stale AS MATERIALIZED (
     SELECT time_started, id FROM public.audit_log
-    WHERE time_completed IS NULL AND time_started < clock_timestamp() - interval '4 hours'
+    -- Exactly the predicate of the index.
+    WHERE pg_catalog.num_nulls(time_completed) = 1 AND time_started < clock_timestamp() - interval '4 hours'
     ORDER BY time_started, id LIMIT 1000
     FOR NO KEY UPDATE SKIP LOCKED
 )

@@ -6,10 +6,10 @@ FROM (
 ) AS it
 CROSS JOIN LATERAL (VALUES
     ('the table', log IS NOT NULL, 'table.sql'),
-    ('a valid index of the incomplete rows by time and key', (
+    ('a valid index of the open rows by time and key', (
         SELECT bool_or(
             i.indisvalid
-            AND pg_get_expr(i.indpred, i.indrelid) = '(time_completed IS NULL)'
+            AND pg_get_expr(i.indpred, i.indrelid) = '(num_nulls(time_completed) = 1)'
             AND pg_get_indexdef(i.indexrelid, 1, true) = 'time_started'
             AND pg_get_indexdef(i.indexrelid, 2, true) = 'id'
         ) FROM pg_index AS i WHERE i.indrelid = log

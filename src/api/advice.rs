@@ -58,6 +58,12 @@ impl Reason {
             Self::IndexMissing => {
                 "run the SQL that audit-log-sweeper check prints, as the roles named in it and not in a transaction"
             }
+            Self::IndexNotPrivate => {
+                "replace the index with the SQL that audit-log-sweeper check prints; sweeps go on meanwhile"
+            }
+            Self::IndexBloat => {
+                "let autovacuum clean the table more often, with the SQL that audit-log-sweeper check prints"
+            }
             Self::RowSecurity => {
                 "ALTER ROLE ... BYPASSRLS, which audit-log-sweeper check prints; a policy is not enough"
             }

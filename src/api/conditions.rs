@@ -146,6 +146,10 @@ reasons! {
     SchemaMismatch,
     /// The index that a sweep reads is missing or not as it must be.
     IndexMissing,
+    /// The application's own statements use the sweep's index too, which slows them.
+    IndexNotPrivate,
+    /// Autovacuum comes too rarely to clean the sweep's index.
+    IndexBloat,
     /// Row security would hide rows of the table from the role.
     RowSecurity,
     /// The server is not a PostgreSQL that a sweep works on.

@@ -79,7 +79,10 @@ mod tests {
             (json!({ "database": database, "holdAbove": 5 }), "spec.holdAbove"),
             (json!({ "database": { "secretRef": { "name": "db" }, "host": "h" } }), "spec.database.host"),
             (json!({ "database": database, "columns": { "timeZone": "UTC" } }), "spec.columns.timeZone"),
-            (json!({ "database": database, "complete": [{ "column": "a", "valueFrom": {} }] }), "spec.complete[0].valueFrom"),
+            (
+                json!({ "database": database, "complete": [{ "column": "a", "valueFrom": {} }] }),
+                "spec.complete[0].valueFrom",
+            ),
         ] {
             let object = fetched(spec);
             assert_eq!(object.meta().uid.as_deref(), Some("1"));

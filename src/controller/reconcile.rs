@@ -44,10 +44,7 @@ enum Pass {
 ///
 /// # Errors
 /// None.
-pub async fn reconcile(
-    object: Arc<Fetched>,
-    context: Arc<Context>,
-) -> Result<Action, Infallible> {
+pub async fn reconcile(object: Arc<Fetched>, context: Arc<Context>) -> Result<Action, Infallible> {
     let _running = context.running.token();
     // What may still have to be published is seen to by whoever waits for the token.
     if context.stop.is_cancelled() {
@@ -81,11 +78,7 @@ pub async fn reconcile(
     Ok(action)
 }
 
-async fn drive(
-    object: &Fetched,
-    uid: &str,
-    context: &Context,
-) -> Result<Option<DateTime<Utc>>, ApiError> {
+async fn drive(object: &Fetched, uid: &str, context: &Context) -> Result<Option<DateTime<Utc>>, ApiError> {
     let pending = context.memories.get(uid).pending;
     let seen = match (&object.0, context.leadership.term()) {
         (Ok(object), _) => object,

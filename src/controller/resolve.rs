@@ -169,11 +169,7 @@ pub fn leave_out(object: &mut Fetched) {
 }
 
 /// The object as it is now, since the watch may lag behind; None: it is gone.
-pub async fn object(
-    server: &ApiServer,
-    namespace: &str,
-    name: &str,
-) -> Result<Option<Fetched>, ApiError> {
+pub async fn object(server: &ApiServer, namespace: &str, name: &str) -> Result<Option<Fetched>, ApiError> {
     let api: Api<Fetched> = Api::namespaced(server.client.clone(), namespace);
     let mut object = server.essential(Operation::GetObject, namespace, api.get_opt(name)).await?;
     match &mut object {

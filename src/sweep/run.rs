@@ -16,7 +16,7 @@ use super::courtesy::{self, Company, Courtesy};
 use super::error::{Recovery, Step};
 use super::pace::Pace;
 use super::report::Ended;
-use super::statement::{self, Batch, Cursor};
+use super::statement::{self, Batch, Cursor, Start};
 use super::{Error, Plan, Report, Target, preflight};
 use crate::api::spec::Mode;
 use crate::api::status::Backlog;
@@ -127,15 +127,15 @@ async fn run(connected: Connected, job: &Job, stop: &CancellationToken, report: 
     let Connected { session, start } = connected;
     let deadline = start + plan.deadline;
     let mut sweep = Sweep { plan, target, session, resume_after, company, deadline, stop, report };
-    let cutoff = tokio::select! {
-        cutoff = sweep.cutoff(start) => cutoff?,
+    let asked = tokio::select! {
+        asked = sweep.ask_start(start) => asked?,
         () = stop.cancelled() => return Ok(Ended::Stopped),
     };
     let (ended, cursor) = match plan.mode {
-        Mode::Apply => sweep.batches(&cutoff, *limit).await?,
+        Mode::Apply => sweep.batches(&asked, *limit).await?,
         Mode::Observe => {
             tokio::select! {
-                explained = preflight::explain(&sweep.session, plan) => explained?,
+                explained = preflight::explain(&sweep.session, plan, &asked) => explained?,
                 () = stop.cancelled() => return Ok(Ended::Stopped),
             }
             (Ended::Observed, None)
@@ -147,7 +147,7 @@ async fn run(connected: Connected, job: &Job, stop: &CancellationToken, report: 
     let ended = match ended {
         Ended::Drained | Ended::LimitReached | Ended::Observed => {
             let counted = tokio::select! {
-                backlog = sweep.backlog(&cutoff, cursor.as_ref()) => Some(backlog?),
+                backlog = sweep.backlog(&asked, cursor.as_ref()) => Some(backlog?),
                 () = stop.cancelled() => None,
             };
             let Some(backlog) = counted else {
@@ -183,7 +183,7 @@ enum Tried {
     /// The sweep is over.
     Early(Ended),
     /// The server refused this row.
-    Refused { row: Cursor, key_type: String, error: Error },
+    Refused { row: Cursor, error: Error },
 }
 
 /// What came of a statement.
@@ -192,30 +192,35 @@ enum Answer {
     Early(Ended),
 }
 
-/// Whether a key of this type may be shown.
-fn is_plain(key_type: &str) -> bool {
-    ["uuid", "bigint", "integer", "smallint"].contains(&key_type)
-}
-
 /// Waits about so long, so that those who collided do not collide again.
 async fn pause(about: Duration) {
     tokio::time::sleep(about.mul_f64(0.5 + fastrand::f64())).await;
 }
 
 impl Sweep<'_> {
-    /// Reads the cutoff, once. It is frozen for the whole sweep, so that the sweep ends.
-    async fn cutoff(&mut self, start: Instant) -> Result<String, Error> {
-        let answer = self.session.query(Step::Cutoff, &statement::cutoff(self.plan), self.patience()).await?;
-        let row = statement::last_row(&answer);
-        let time = |index| row.and_then(|row| statement::text(row, index));
-        let cutoff = time(0).ok_or(Error::Answer("the question for the time"))?;
-        self.report.database_time = time(1).and_then(statement::read_time).map(|now| (now, start.elapsed()));
-        self.report.cutoff = statement::read_time(cutoff);
-        Ok(cutoff.to_owned())
+    /// Asks what the whole sweep rests on, once. The cutoff is frozen, so that the sweep ends.
+    async fn ask_start(&mut self, start: Instant) -> Result<Start, Error> {
+        let mut locked = 0;
+        let answer = loop {
+            let limit = self.time_for_a_statement();
+            let sql = statement::start(self.plan, limit.unwrap_or(LEAST_TIME));
+            match self.session.query(Step::Cutoff, &sql, self.patience()).await {
+                Err(error) if error.recovery() == Recovery::Later && locked < LOCKED && limit.is_some() => {
+                    locked += 1;
+                    self.session.rollback().await;
+                    pause(Duration::from_millis(500)).await;
+                }
+                answer => break answer?,
+            }
+        };
+        let asked = statement::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
+        self.report.database_time = asked.now.map(|now| (now, start.elapsed()));
+        self.report.cutoff = statement::read_time(&asked.cutoff);
+        Ok(asked)
     }
 
     /// Completes batches until nothing is left or something ends it; also returns how far it looked.
-    async fn batches(&mut self, cutoff: &str, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
+    async fn batches(&mut self, start: &Start, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
         let mut pace = Pace::new(self.plan.batch_size);
         let mut courtesy = Courtesy::new(self.plan.patience);
         let mut cursor = self.resume_after.clone();
@@ -234,9 +239,9 @@ impl Sweep<'_> {
             self.company.begins();
             let begun = self.company.begun();
             let tried = if alone {
-                self.one(cutoff, cursor.as_ref()).await
+                self.one(start, cursor.as_ref()).await
             } else {
-                self.batch(cutoff, cursor.as_ref(), size).await
+                self.batch(start, cursor.as_ref(), size).await
             };
             let error = match tried {
                 Ok(Tried::Early(ended)) => break ended,
@@ -245,7 +250,7 @@ impl Sweep<'_> {
                         self.session.rollback().await;
                         return Err(Error::NullKey);
                     }
-                    self.commit(&batch).await?;
+                    self.commit(start, &batch).await?;
                     self.report.small_batches += i64::from(size < pace.next(left));
                     trouble = Trouble::default();
                     pace.went_well(size);
@@ -264,26 +269,26 @@ impl Sweep<'_> {
                 {
                     break Ended::DeadlineReached;
                 }
-                Ok(Tried::Refused { row, key_type, error }) if error.recovery() == Recovery::Smaller => {
+                Ok(Tried::Refused { row, error }) if error.recovery() == Recovery::Smaller => {
                     self.report.skipped += 1;
                     trouble.skipped += 1;
                     cursor = Some(row);
                     pace.stepped_over();
                     if trouble.skipped >= ALIKE {
-                        self.report.resume_after = self.resumable(cursor.as_ref(), &key_type);
+                        self.report.resume_after = start.shown(cursor.clone());
                         return Err(error);
                     }
                     continue;
                 }
-                Ok(Tried::Refused { row, key_type, error })
+                Ok(Tried::Refused { row, error })
                     if error.recovery() == Recovery::Bisect || trouble.conflicts >= CONFLICTS =>
                 {
-                    self.refuse(&row, &key_type, &error);
+                    self.refuse(start, &row, &error);
                     cursor = Some(row);
                     pace.stepped_over();
                     trouble.conflicts = 0;
                     if let Some(error) = trouble.too_many(error, self.report.refused) {
-                        self.report.resume_after = self.resumable(cursor.as_ref(), &key_type);
+                        self.report.resume_after = start.shown(cursor.clone());
                         return Err(error);
                     }
                     continue;
@@ -302,7 +307,7 @@ impl Sweep<'_> {
                 }
                 Recovery::Smaller if !alone => pace.was_busy(size),
                 Recovery::Again | Recovery::Bisect if !alone => {
-                    self.diagnose(error).await?;
+                    self.diagnose(start, error).await?;
                     trouble.conflicts = 0;
                     pace.was_refused(size);
                 }
@@ -310,31 +315,19 @@ impl Sweep<'_> {
             }
         };
         // Rows behind those that were refused go first until the end was reached once.
-        if ended != Ended::Drained
-            && let Some(start) = self.resume_after
-        {
-            // A place without a key is one of a table with text keys, which are data of the row.
-            let plain = start.id.is_some();
-            self.report.resume_after = cursor.clone().map(|at| Cursor { id: at.id.filter(|_| plain), ..at });
+        if ended != Ended::Drained && self.resume_after.is_some() {
+            self.report.resume_after = start.shown(cursor.clone());
         }
         Ok((ended, cursor))
     }
 
     /// Counts a row that the server refuses, and names it where its key is no row data.
-    fn refuse(&mut self, row: &Cursor, key_type: &str, error: &Error) {
+    fn refuse(&mut self, start: &Start, row: &Cursor, error: &Error) {
         self.report.refused += 1;
         self.report.refused_why.get_or_insert_with(|| error.to_string());
-        if self.report.refused_ids.len() < NAMED && is_plain(key_type) {
+        if self.report.refused_ids.len() < NAMED && start.key_is_shown {
             self.report.refused_ids.extend(row.id.clone());
         }
-    }
-
-    /// A cursor that may be kept in the status: a text key is row data.
-    fn resumable(&self, cursor: Option<&Cursor>, key_type: &str) -> Option<Cursor> {
-        cursor.map(|cursor| Cursor {
-            time_started: cursor.time_started.clone(),
-            id: cursor.id.clone().filter(|_| is_plain(key_type)),
-        })
     }
 
     /// How long the next statement may take; None: no further one begins. Never all the time that is left, so that a
@@ -363,18 +356,18 @@ impl Sweep<'_> {
     }
 
     /// Tells a row that the server refuses from a statement that fits no row: that one EXPLAIN refuses too.
-    async fn diagnose(&self, error: Error) -> Result<(), Error> {
+    async fn diagnose(&self, start: &Start, error: Error) -> Result<(), Error> {
         if self.session.is_closed() {
             return Err(error);
         }
-        preflight::explain(&self.session, self.plan).await
+        preflight::explain(&self.session, self.plan, start).await
     }
 
     /// Counts the stale rows that are left.
-    async fn backlog(&mut self, cutoff: &str, cursor: Option<&Cursor>) -> Result<Backlog, Error> {
+    async fn backlog(&mut self, start: &Start, cursor: Option<&Cursor>) -> Result<Backlog, Error> {
         let bound = self.plan.backlog_bound();
         let cursor = cursor.filter(|_| self.report.timed_out >= COUNT_FROM_CURSOR);
-        let sql = statement::backlog(self.plan, cutoff, cursor, bound, self.plan.statement_timeout);
+        let sql = statement::backlog(self.plan, start, cursor, bound, self.plan.statement_timeout);
         let answer = self.session.query(Step::Backlog, &sql, self.patience()).await?;
         let row = statement::last_row(&answer).ok_or(Error::Answer("the count of the backlog"))?;
         let counted = statement::text(row, 0).and_then(|n| n.parse().ok());

@@ -1,9 +1,9 @@
 //! All SQL of the sweep is written here, and its answers are read here. Why each piece is as it is stands beside it.
 //! What the preflight asks the catalog is written in `preflight/catalog.rs`, the SQL for people in `preflight/mend.rs`.
 //!
-//! A function or an operator is named with its schema, or looked for in `pg_catalog` alone: whoever may create in a
-//! schema of the role's `search_path` could else have one of ours run, with the rights of the sweep. In a batch the path
-//! stays as it is, since the triggers of the table may rest on it.
+//! Every function, operator and type is named with its schema, or looked for in `pg_catalog` alone. Otherwise, someone
+//! who may create objects in a schema of the role's `search_path` could run code with the rights of the sweep. A batch
+//! keeps the role's path, since triggers of the table may need it, so it qualifies every name.
 //!
 //! Everything goes as simple queries, several statements in one message: an error in it skips the rest, so nothing
 //! runs outside its transaction, and no prepared statement is left behind in a pooler.
@@ -11,9 +11,10 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use serde::Deserialize;
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
-use super::plan::{Plan, literal};
+use super::plan::{Names, Plan, literal};
 
 /// Waiting for a lock longer than this is somebody else's schema change.
 pub(super) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -24,11 +25,74 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Times in a form that neither DateStyle nor TimeZone changes.
 const ISO: &str = r#"'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"#;
 
-/// For a transaction in which nobody's code rests on the path.
-pub(super) const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog; ";
+/// For a transaction that runs no trigger. Without `pg_temp`, a temporary type or table would come before `pg_catalog`.
+pub(super) const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp; ";
 
 /// Equality of the server's own, whatever an operator of that name elsewhere does.
 const EQUALS: &str = "OPERATOR(pg_catalog.=)";
+
+/// Likewise for "greater than".
+const GREATER: &str = "OPERATOR(pg_catalog.>)";
+
+/// Whether PostgreSQL does not use the index `x` yet: an older transaction may still need rows that the index lacks.
+/// Source: `get_relation_info` in PostgreSQL's `plancat.c`.
+pub(super) const INDEX_PENDING: &str =
+    "(x.indcheckxmin AND age(x.xmin) <= age(xid(pg_snapshot_xmin(pg_current_snapshot()))))";
+
+/// How an index of open rows says which rows it holds. A selection must say exactly the same, or the planner does not
+/// use the index.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "lowercase")]
+pub enum OpenPredicate {
+    /// `num_nulls(column) = 1`. No planner derives it from the application's own `column IS NULL`, so the application's
+    /// statements never use the index, nor suffer from its dead entries.
+    Private,
+    /// `column IS NULL`.
+    #[default]
+    Plain,
+}
+
+impl OpenPredicate {
+    /// The predicate as SQL, on a quoted column.
+    pub fn sql(self, column: &str) -> String {
+        match self {
+            Self::Private => format!("pg_catalog.num_nulls({column}) {EQUALS} 1"),
+            Self::Plain => format!("{column} IS NULL"),
+        }
+    }
+
+    /// An SQL expression for the predicate as `pg_get_expr` writes it down, under [`SEARCH_PATH`].
+    pub(super) fn written(self, column: &str) -> String {
+        let form = match self {
+            Self::Private => "'(num_nulls(%I) = 1)'",
+            Self::Plain => "'(%I IS NULL)'",
+        };
+        format!("format({form}, {})", literal(column))
+    }
+}
+
+/// What a sweep asks first. It stays the same until the sweep ends.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// Rows that started before this are stale, as the database writes it.
+    pub cutoff: String,
+    /// The database's clock.
+    pub now: Option<DateTime<Utc>>,
+    /// The predicate of the index that is there.
+    pub predicate: OpenPredicate,
+    /// Whether a key may be shown: a uuid or an integer is no data of the row.
+    pub key_is_shown: bool,
+    /// The key type's own operators, qualified: those of `citext` are in the schema of its extension.
+    key_equals: String,
+    key_greater: String,
+}
+
+impl Start {
+    /// A cursor as the status may keep it: without a key that is data of the row.
+    pub fn shown(&self, cursor: Option<Cursor>) -> Option<Cursor> {
+        cursor.map(|cursor| Cursor { id: cursor.id.filter(|_| self.key_is_shown), ..cursor })
+    }
+}
 
 /// The place in the order of `(time_started, id)` up to which a sweep has looked, as texts of the database's own.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -84,29 +148,89 @@ fn settings(statement_timeout: Duration) -> String {
     )
 }
 
-/// Reads the cutoff: the database's clock, so that there is one clock, less the timeout.
-pub fn cutoff(plan: &Plan) -> String {
-    format!(
-        "SELECT pg_catalog.to_char((now OPERATOR(pg_catalog.-) interval '{} milliseconds') AT TIME ZONE 'UTC', {ISO}), \
-           pg_catalog.to_char(now AT TIME ZONE 'UTC', {ISO}) FROM pg_catalog.clock_timestamp() AS now",
-        plan.timeout.as_millis()
-    )
+/// Asks for a [`Start`].
+pub fn start(plan: &Plan, statement_timeout: Duration) -> String {
+    let Names { schema, table, id, time_completed, .. } = &plan.names;
+    let private = |relation: &str| {
+        format!(
+            "EXISTS (SELECT FROM pg_index x WHERE x.indrelid = {relation}.oid AND x.indisvalid AND NOT {INDEX_PENDING} \
+             AND x.indpred IS NOT NULL AND pg_get_expr(x.indpred, x.indrelid) = {})",
+            OpenPredicate::Private.written(time_completed)
+        )
+    };
+    // Of the default operator class, as the order and the indexes of the column.
+    let operator = |strategy: u8| {
+        format!(
+            "(SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname) FROM key JOIN pg_opclass k ON k.opcintype = key.oid \
+             AND k.opcdefault JOIN pg_am m ON m.oid = k.opcmethod AND m.amname = 'btree' JOIN pg_amop s \
+             ON (s.amopfamily, s.amoplefttype, s.amoprighttype, s.amopstrategy) = (k.opcfamily, key.oid, key.oid, {strategy}) \
+             JOIN pg_operator o ON o.oid = s.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace WHERE key.typbasetype = 0)"
+        )
+    };
+    let select = format!(
+        "WITH RECURSIVE root AS (SELECT c.oid, c.relkind FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+             WHERE n.nspname = {schema} AND c.relname = {table}), \
+           tree AS (SELECT * FROM root UNION ALL SELECT c.oid, c.relkind FROM tree JOIN pg_inherits i \
+             ON i.inhparent = tree.oid JOIN pg_class c ON c.oid = i.inhrelid WHERE tree.relkind = 'p'), \
+           key AS (SELECT t.oid, t.typbasetype FROM root JOIN pg_attribute a ON a.attrelid = root.oid AND a.attname = {id} \
+             JOIN pg_type t ON t.oid = a.atttypid \
+             UNION ALL SELECT t.oid, t.typbasetype FROM key JOIN pg_type t ON t.oid = key.typbasetype) \
+         SELECT to_char((now - interval '{timeout} milliseconds') AT TIME ZONE 'UTC', {ISO}), \
+           to_char(now AT TIME ZONE 'UTC', {ISO}), \
+           (SELECT {on_root} OR root.relkind = 'p' AND NOT EXISTS (SELECT FROM tree WHERE tree.relkind <> 'p' AND NOT {on_leaf}) \
+             FROM root), {equals}, {greater}, \
+           (SELECT oid IN ('uuid'::regtype, 'int8'::regtype, 'int4'::regtype, 'int2'::regtype) FROM key WHERE typbasetype = 0) \
+         FROM clock_timestamp() AS now",
+        schema = literal(schema),
+        table = literal(table),
+        id = literal(id),
+        timeout = plan.timeout.as_millis(),
+        on_root = private("root"),
+        on_leaf = private("tree"),
+        equals = operator(3),
+        greater = operator(5),
+    );
+    read_only(&select, statement_timeout)
+}
+
+/// Reads the answer of [`start`].
+pub fn read_start(answer: &[SimpleQueryMessage]) -> Option<Start> {
+    let row = last_row(answer)?;
+    let operator = |index, default: &str| text(row, index).map_or_else(|| default.to_owned(), str::to_owned);
+    Some(Start {
+        cutoff: text(row, 0)?.to_owned(),
+        now: text(row, 1).and_then(read_time),
+        predicate: if text(row, 2) == Some("t") { OpenPredicate::Private } else { OpenPredicate::Plain },
+        key_equals: operator(3, EQUALS),
+        key_greater: operator(4, GREATER),
+        key_is_shown: text(row, 5) == Some("t"),
+    })
 }
 
 /// The stale rows beyond the cursor, oldest first.
-fn stale(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>) -> String {
+fn stale(plan: &Plan, start: &Start, cursor: Option<&Cursor>) -> String {
     let Plan { table, id, time_started, time_completed, .. } = plan;
     let beyond = cursor.map_or_else(String::new, |cursor| {
         let time = literal(&cursor.time_started);
         match &cursor.id {
-            Some(key) => format!(" AND ({time_started}, {id}) OPERATOR(pg_catalog.>) ({time}, {})", literal(key)),
-            None => format!(" AND {time_started} OPERATOR(pg_catalog.>) {time}"),
+            None => format!(" AND {time_started} {GREATER} {time}"),
+            // One condition of the index.
+            Some(key) if start.key_greater == GREATER => {
+                format!(" AND ({time_started}, {id}) {GREATER} ({time}, {})", literal(key))
+            }
+            // A comparison of rows takes one operator for all its columns.
+            Some(key) => format!(
+                " AND {time_started} OPERATOR(pg_catalog.>=) {time} AND ({time_started} {GREATER} {time} OR {id} {} {})",
+                start.key_greater,
+                literal(key)
+            ),
         }
     });
     format!(
         "SELECT {time_started}, {id} FROM {table} \
-         WHERE {time_completed} IS NULL AND {time_started} OPERATOR(pg_catalog.<) {}{beyond} ORDER BY {time_started}, {id}",
-        literal(cutoff)
+         WHERE {} AND {time_started} OPERATOR(pg_catalog.<) {}{beyond} ORDER BY {time_started}, {id}",
+        start.predicate.sql(time_completed),
+        literal(&start.cutoff)
     )
 }
 
@@ -117,81 +241,94 @@ fn stale(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>) -> String {
 /// - The join is on both columns: an id alone may repeat in a partitioned table. By `ctid` it would be a little faster (3
 ///   to 8 % of a drain), but a right to that column is in no grant of the columns that a sweep needs.
 /// - The guard `time_completed IS NULL` is the promise that a complete row is never touched. It is spelt
-///   `(...) IS TRUE` so that the planner does not take it for a reason to use the partial index there too.
+///   `(...) IS TRUE`, unlike both predicates of [`OpenPredicate`]: a guard that states the predicate of the index is a
+///   reason for the planner to walk that index once for every row of the batch.
 /// - The outer query counts what was *selected*, on which the cursor and the end of the sweep rest, and what was
 ///   completed. Only two rows are written out as text, without sorting: aggregates that sort all of them took a tenth of
 ///   a batch's time. The transaction id is NULL where there was nothing to lock, so an idle sweep uses none. The
 ///   snapshot's end tells from batch to batch how many transactions of others wrote meanwhile.
-fn update(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> String {
+fn update(plan: &Plan, start: &Start, cursor: Option<&Cursor>, size: i64) -> String {
     let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
-    let stale = stale(plan, cutoff, cursor);
+    let (stale, key_equals) = (stale(plan, start, cursor), &start.key_equals);
     format!(
         "WITH stale AS MATERIALIZED ({stale} LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED), \
          done AS (UPDATE {table} AS t SET {time_completed} = (SELECT pg_catalog.clock_timestamp()){assignments} \
-           FROM stale WHERE t.{time_started} {EQUALS} stale.{time_started} AND t.{id} {EQUALS} stale.{id} \
+           FROM stale WHERE t.{time_started} {EQUALS} stale.{time_started} AND t.{id} {key_equals} stale.{id} \
            AND (t.{time_completed} IS NULL) IS TRUE \
            RETURNING t.{time_started}, t.{id}, t.{time_completed}) \
-         SELECT s.n, d.n, pg_catalog.pg_current_xact_id_if_assigned()::text, last.ts, last.id, one.ts, one.id, one.at, \
-           pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text FROM \
+         SELECT s.n, d.n, pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text, last.ts, last.id, one.ts, one.id, one.at, \
+           pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::pg_catalog.text FROM \
            (SELECT pg_catalog.count(*) AS n FROM stale) AS s CROSS JOIN (SELECT pg_catalog.count(*) AS n FROM done) AS d \
-           LEFT JOIN (SELECT {time_started}::text AS ts, {id}::text AS id FROM stale \
+           LEFT JOIN (SELECT {time_started}::pg_catalog.text AS ts, {id}::pg_catalog.text AS id FROM stale \
              ORDER BY stale.{time_started} DESC, stale.{id} DESC LIMIT 1) AS last ON true \
-           LEFT JOIN (SELECT {time_started}::text AS ts, {id}::text AS id, {time_completed}::text AS at FROM done \
+           LEFT JOIN (SELECT {time_started}::pg_catalog.text AS ts, {id}::pg_catalog.text AS id, {time_completed}::pg_catalog.text AS at FROM done \
              LIMIT 1) AS one ON true"
     )
 }
 
 /// One batch up to, and without, its COMMIT.
-pub fn batch(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, size: i64, statement_timeout: Duration) -> String {
+pub fn batch(plan: &Plan, start: &Start, cursor: Option<&Cursor>, size: i64, statement_timeout: Duration) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}\
          SET CONSTRAINTS ALL IMMEDIATE; {}",
         settings(statement_timeout),
-        update(plan, cutoff, cursor, size)
+        update(plan, start, cursor, size)
     )
 }
 
 /// Chooses and locks the next stale row, in a transaction that [`complete_one`] goes on with: the one way to learn
 /// which row the server refuses.
-pub fn choose_one(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, statement_timeout: Duration) -> String {
+pub fn choose_one(plan: &Plan, start: &Start, cursor: Option<&Cursor>, statement_timeout: Duration) -> String {
     let Plan { id, time_started, .. } = plan;
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}\
          SET CONSTRAINTS ALL IMMEDIATE; \
-         SELECT {time_started}::text, {id}::text, pg_catalog.pg_typeof({id})::text FROM \
+         SELECT {time_started}::pg_catalog.text, {id}::pg_catalog.text FROM \
            ({} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS stale",
         settings(statement_timeout),
-        stale(plan, cutoff, cursor)
+        stale(plan, start, cursor)
     )
 }
 
 /// Completes the row that was chosen; answers as [`batch`] does.
-pub fn complete_one(plan: &Plan, row: &Cursor) -> String {
+pub fn complete_one(plan: &Plan, start: &Start, row: &Cursor) -> String {
     let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
+    let key_equals = &start.key_equals;
     let (time, key) = (literal(&row.time_started), literal(row.id.as_deref().unwrap_or_default()));
     format!(
         "WITH done AS (UPDATE {table} AS t SET {time_completed} = (SELECT pg_catalog.clock_timestamp()){assignments} \
-           WHERE t.{time_started} {EQUALS} {time} AND t.{id} {EQUALS} {key} AND (t.{time_completed} IS NULL) IS TRUE \
+           WHERE t.{time_started} {EQUALS} {time} AND t.{id} {key_equals} {key} AND (t.{time_completed} IS NULL) IS TRUE \
            RETURNING t.{time_completed}) \
-         SELECT 1, pg_catalog.count(*), pg_catalog.pg_current_xact_id_if_assigned()::text, {time}::text, {key}::text, {time}::text, \
-           {key}::text, pg_catalog.min({time_completed})::text FROM done"
+         SELECT 1, pg_catalog.count(*), pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text, {time}::pg_catalog.text, {key}::pg_catalog.text, {time}::pg_catalog.text, \
+           {key}::pg_catalog.text, pg_catalog.min({time_completed})::pg_catalog.text FROM done"
     )
 }
 
-/// A row that was chosen: its place, and the type of its key.
-pub fn read_chosen(answer: &[SimpleQueryMessage]) -> Option<(Cursor, String)> {
+/// The row that was chosen.
+pub fn read_chosen(answer: &[SimpleQueryMessage]) -> Option<Cursor> {
     let row = last_row(answer)?;
-    let cursor = Cursor { time_started: text(row, 0)?.to_owned(), id: Some(text(row, 1)?.to_owned()) };
-    Some((cursor, text(row, 2)?.to_owned()))
+    Some(Cursor { time_started: text(row, 0)?.to_owned(), id: Some(text(row, 1)?.to_owned()) })
 }
 
-/// Asks for the plan of the batch: finds a missing table, column or right and an unfit value without touching a row.
-pub fn explain(plan: &Plan, statement_timeout: Duration) -> String {
+/// Asks for the plan of a batch: finds a missing table, column or right and an unfit value without touching a row.
+pub fn explain(plan: &Plan, start: &Start, statement_timeout: Duration) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}EXPLAIN (COSTS OFF) {}; ROLLBACK",
         settings(statement_timeout),
-        // Any time will do: nothing is run.
-        update(plan, "2000-01-01T00:00:00Z", None, 1)
+        update(plan, start, None, plan.batch_size.min(plan.limit))
+    )
+}
+
+/// Asks for the plan of the application's own completion of a row by its key, whose type is given as SQL. Under the
+/// application's settings, and with a key that the planner does not know, as in a prepared statement.
+pub fn explain_completion(plan: &Plan, key_type: &str, statement_timeout: Duration) -> String {
+    let Plan { table, id, time_completed, .. } = plan;
+    format!(
+        "BEGIN READ ONLY; SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = {}; {SEARCH_PATH}\
+         EXPLAIN (COSTS OFF, FORMAT JSON) UPDATE {table} SET {time_completed} = {time_completed} \
+         WHERE {id} = (SELECT CAST(NULL AS {key_type})) AND {time_completed} IS NULL; ROLLBACK",
+        statement_timeout.as_millis().max(1),
+        LOCK_TIMEOUT.min(statement_timeout / 2).as_millis().max(1),
     )
 }
 
@@ -204,15 +341,14 @@ pub fn read_only(select: &str, statement_timeout: Duration) -> String {
 }
 
 /// Counts the stale rows beyond the cursor, up to one more than `bound`.
-pub fn backlog(plan: &Plan, cutoff: &str, cursor: Option<&Cursor>, bound: i64, statement_timeout: Duration) -> String {
-    let stale = stale(plan, cutoff, cursor);
-    format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}\
-         SELECT count(*), to_char(min({}) AT TIME ZONE 'UTC', {ISO}) FROM ({stale} LIMIT {}) AS stale; COMMIT",
-        settings(statement_timeout),
+pub fn backlog(plan: &Plan, start: &Start, cursor: Option<&Cursor>, bound: i64, statement_timeout: Duration) -> String {
+    let stale = stale(plan, start, cursor);
+    let select = format!(
+        "SELECT count(*), to_char(min({}) AT TIME ZONE 'UTC', {ISO}) FROM ({stale} LIMIT {}) AS stale",
         plan.time_started,
         bound + 1
-    )
+    );
+    read_only(&select, statement_timeout)
 }
 
 /// Asks how the transaction of a receipt ended.
@@ -221,10 +357,11 @@ pub fn transaction_status(receipt: &Receipt) -> String {
 }
 
 /// Asks whether the row of a receipt carries the receipt's time.
-pub fn row_status(plan: &Plan, receipt: &Receipt) -> String {
+pub fn row_status(plan: &Plan, start: &Start, receipt: &Receipt) -> String {
+    let key_equals = &start.key_equals;
     let Plan { table, id, time_started, time_completed, .. } = plan;
     format!(
-        "SELECT {time_completed} {EQUALS} {}::timestamptz FROM {table} WHERE {time_started} {EQUALS} {} AND {id} {EQUALS} {}",
+        "SELECT {time_completed} {EQUALS} {}::pg_catalog.timestamptz FROM {table} WHERE {time_started} {EQUALS} {} AND {id} {key_equals} {}",
         literal(&receipt.time_completed),
         literal(&receipt.row.time_started),
         literal(receipt.row.id.as_deref().unwrap_or_default())

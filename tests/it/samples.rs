@@ -255,12 +255,12 @@ async fn the_sql_can_be_run_again_and_says_what_is_missing() {
 
     let index = "a valid index of the incomplete rows by time and key";
     let invalid =
-        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'audit_log_incomplete_by_time_started'::regclass";
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'audit_log_open_by_time_started'::regclass";
     admin.batch_execute(invalid).await.unwrap();
     assert_eq!(missing().await, [index]);
     // As its comment says.
-    log.run("DROP INDEX CONCURRENTLY audit_log_incomplete_by_time_started").await;
-    log.run("CREATE INDEX wrong ON audit_log (time_started) WHERE time_completed IS NULL").await;
+    log.run("DROP INDEX CONCURRENTLY audit_log_open_by_time_started").await;
+    log.run("CREATE INDEX wrong ON audit_log (time_started) WHERE num_nulls(time_completed) = 1").await;
     assert_eq!(missing().await, [index]);
     log.run(&manifests("sql/index.sql")).await;
     assert_eq!(missing().await, Vec::<String>::new());

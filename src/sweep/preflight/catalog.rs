@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::dependants::{self, Dependant};
 use crate::sweep::Plan;
 use crate::sweep::plan::literal;
-use crate::sweep::statement::{LOCK_TIMEOUT, SEARCH_PATH};
+use crate::sweep::statement::{INDEX_PENDING, LOCK_TIMEOUT, OpenPredicate, SEARCH_PATH};
 
 /// Who answers, and as whom.
 #[derive(Clone, Debug, Deserialize)]
@@ -39,6 +39,8 @@ pub struct Catalog {
     pub table: Option<Table>,
     /// The relation and all below it, whether partitions or children by INHERITS. A parent comes before its children.
     pub tree: Vec<Node>,
+    /// Autovacuum is on for the server.
+    pub autovacuum: bool,
     /// Names, by schema, that could collide with those of new indexes.
     pub taken: Vec<(String, String)>,
     /// What the owners of these may do in their schemas.
@@ -156,6 +158,10 @@ pub struct Node {
     pub owner: String,
     /// It is partitioned by an expression.
     pub by_expression: bool,
+    /// Rows, as VACUUM and ANALYZE last estimated them.
+    pub rows: i64,
+    /// Autovacuum comes when more rows than this are dead. None: it never comes.
+    pub autovacuum_at: Option<i64>,
     pub indexes: Vec<Index>,
 }
 
@@ -175,8 +181,10 @@ pub struct Index {
     pub columns: Vec<Option<String>>,
     /// It has further columns.
     pub includes: bool,
-    /// WHERE timeCompleted IS NULL.
-    pub where_incomplete: bool,
+    /// It holds exactly the open rows, by this predicate.
+    pub open: Option<OpenPredicate>,
+    /// It is valid, but PostgreSQL does not use it before older transactions end.
+    pub pending: bool,
     /// It has a WHERE of any kind.
     pub partial: bool,
 }
@@ -195,8 +203,7 @@ pub fn server(statement_timeout: Duration) -> String {
 
 /// Asks for a [`Catalog`]. In a transaction that can change nothing and sees one state of the catalog.
 pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
-    let [schema, table, completed] =
-        [&plan.names.schema, &plan.names.table, &plan.names.time_completed].map(|name| literal(name));
+    let [schema, table] = [&plan.names.schema, &plan.names.table].map(|name| literal(name));
     format!(
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL statement_timeout = {timeout}; \
          SET LOCAL lock_timeout = {lock_timeout}; \
@@ -209,6 +216,7 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
          SELECT json_build_object( \
            'schema', (SELECT json_build_object('usage', has_schema_privilege(n.oid, 'USAGE'), 'owner', {schema_owner}) \
              FROM pg_namespace n WHERE n.nspname = {schema}), \
+           'autovacuum', current_setting('autovacuum')::boolean, \
            'similar', {similar}, 'table', ({about_table}), 'tree', {tree}, 'taken', {taken}, 'schemas', {schemas}); COMMIT",
         timeout = statement_timeout.as_millis().max(1),
         // To write a predicate down the server locks its table.
@@ -228,8 +236,9 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
                 "json_build_object('oid', c.oid::bigint, 'parent', tree.parent::bigint, 'schema', n.nspname, \
                  'name', c.relname, 'kind', c.relkind::text, 'owner', pg_get_userbyid(c.relowner), 'by_expression', \
                  EXISTS (SELECT FROM pg_partitioned_table t WHERE t.partrelid = c.oid AND t.partexprs IS NOT NULL), \
+                 'rows', greatest(c.reltuples, 0)::bigint, 'autovacuum_at', {AUTOVACUUM_AT}, \
                  'indexes', {}) ORDER BY tree.level, c.oid",
-                indexes(&completed)
+                indexes(&plan.names.time_completed)
             ),
             "tree JOIN pg_class c ON c.oid = tree.oid JOIN pg_namespace n ON n.oid = c.relnamespace"
         ),
@@ -237,7 +246,7 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
             "json_build_array(n.nspname, c.relname)",
             "pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relnamespace IN \
                (SELECT s.relnamespace FROM tree JOIN pg_class s ON s.oid = tree.oid) \
-               AND c.relname LIKE ANY (ARRAY['%\\_incomplete\\_by\\_time\\_started%', '%\\_sweep\\_key%'])"
+               AND c.relname LIKE ANY (ARRAY['%\\_open\\_by\\_time\\_started%', '%\\_sweep\\_key%'])"
         ),
         schemas = list(
             &format!(
@@ -251,6 +260,17 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
         ),
     )
 }
+
+/// How many rows of `c` must be dead for autovacuum to come; NULL: it never comes. A setting of the table wins over that of
+/// the server, and 18 has an upper bound.
+const AUTOVACUUM_AT: &str = "(SELECT CASE WHEN current_setting('autovacuum')::boolean \
+    AND coalesce((o ->> 'autovacuum_enabled')::boolean, true) THEN least( \
+      coalesce(o ->> 'autovacuum_vacuum_threshold', current_setting('autovacuum_vacuum_threshold'))::numeric \
+      + coalesce(o ->> 'autovacuum_vacuum_scale_factor', current_setting('autovacuum_vacuum_scale_factor'))::numeric \
+      * greatest(c.reltuples, 0)::numeric, \
+      nullif(coalesce(o ->> 'autovacuum_vacuum_max_threshold', current_setting('autovacuum_vacuum_max_threshold', true)), '-1')::numeric, \
+      9e18)::bigint END \
+    FROM (SELECT coalesce(json_object_agg(option_name, option_value), '{}'::json) AS o FROM pg_options_to_table(c.reloptions)) AS s)";
 
 /// `pg_database_owner` is a role that nobody can be: whoever owns the database is in it.
 const SCHEMA_OWNER: &str = "CASE pg_get_userbyid(n.nspowner) WHEN 'pg_database_owner' \
@@ -346,7 +366,9 @@ fn about_table(plan: &Plan) -> String {
     )
 }
 
+/// Asks for every [`Index`] of the table `c`; `completed` is the name of its completion time.
 fn indexes(completed: &str) -> String {
+    let [private, plain] = [OpenPredicate::Private, OpenPredicate::Plain].map(|predicate| predicate.written(completed));
     let columns = "(SELECT json_agg(a.attname ORDER BY key.n) \
                    FROM unnest(x.indkey::int2[]) WITH ORDINALITY AS key(attnum, n) \
                    LEFT JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = key.attnum AND key.attnum <> 0 \
@@ -365,7 +387,8 @@ fn indexes(completed: &str) -> String {
              'constraint', EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = ic.oid AND k.contype IN ('p', 'u', 'x')), 'valid', x.indisvalid AND x.indisready, \
              'unique', x.indisunique, 'columns', {columns}, 'ordered', {ordered}, \
              'includes', x.indnatts > x.indnkeyatts, 'partial', x.indpred IS NOT NULL, \
-             'where_incomplete', coalesce(pg_get_expr(x.indpred, x.indrelid) = format('(%I IS NULL)', {completed}), false)) \
+             'open', CASE pg_get_expr(x.indpred, x.indrelid) WHEN {private} THEN 'private' WHEN {plain} THEN 'plain' END, \
+             'pending', {INDEX_PENDING}) \
              ORDER BY ic.relname"
         ),
         "pg_index x JOIN pg_class ic ON ic.oid = x.indexrelid JOIN pg_am m ON m.oid = ic.relam \

@@ -60,7 +60,7 @@ pub(super) fn question() -> String {
         "maybe",
         "pg_index x JOIN pg_class i ON i.oid = x.indexrelid WHERE NOT i.relispartition AND d.classid = 'pg_class'::regclass \
          AND x.indexrelid = d.objid AND (x.indexprs IS NOT NULL OR x.indpred IS NOT NULL \
-         AND pg_get_expr(x.indpred, x.indrelid) !~ '^[(](\"([^\"]|\"\")+\"|[^ \"()]+) IS (NOT )?NULL[)]$')",
+         AND pg_get_expr(x.indpred, x.indrelid) !~ '^[(]((\"([^\"]|\"\")+\"|[^ \"()]+) IS (NOT )?NULL|num_nulls[(](\"([^\"]|\"\")+\"|[^ \"()]+)[)] = 1)[)]$')",
     );
     let view = of_column(
         "'pg_class'::regclass",

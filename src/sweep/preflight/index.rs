@@ -3,6 +3,7 @@
 use super::catalog::{Catalog, Index, Node};
 use super::finding::{Part, RunAs};
 use super::mend::{self, Does, Wanted, qualified};
+use crate::sweep::statement::OpenPredicate;
 
 impl Wanted<'_> {
     /// Whether an index does what is wanted; it may do more.
@@ -13,13 +14,22 @@ impl Wanted<'_> {
             return index.unique && !index.partial && index.columns.iter().all(within);
         }
         let leads = self.columns.iter().zip(&index.columns).all(|(want, have)| have.as_deref() == Some(*want));
-        index.ordered && index.columns.len() >= self.columns.len() && leads && index.where_incomplete
+        index.ordered && index.columns.len() >= self.columns.len() && leads && index.open == self.predicate_kind()
+    }
+
+    /// The same with another predicate.
+    pub fn with(self, predicate: OpenPredicate) -> Self {
+        Self { open: self.open.map(|(_, column)| (predicate, column)), ..self }
+    }
+
+    fn predicate_kind(&self) -> Option<OpenPredicate> {
+        self.open.map(|(predicate, _)| predicate)
     }
 
     /// Whether an index is the very one that we would create, so that it can be part of the parent's.
     fn is(&self, index: &Index) -> bool {
         let same = self.columns.iter().map(|name| Some(*name)).eq(index.columns.iter().map(Option::as_deref));
-        let predicate = if self.where_null.is_some() { index.where_incomplete } else { !index.partial };
+        let predicate = if self.unique { !index.partial } else { index.open == self.predicate_kind() };
         index.ordered && same && predicate && !index.includes && index.unique == self.unique
     }
 
@@ -39,6 +49,25 @@ impl Wanted<'_> {
         node.indexes.iter().find(|index| index.valid && self.is_served_by(index))
     }
 
+    /// Every valid index that serves, with its node. Those that are part of a parent's come after it.
+    pub fn all_serving<'a>(&'a self, facts: &'a Catalog) -> impl Iterator<Item = (&'a Node, &'a Index)> {
+        let of_node = |node: &'a Node| node.indexes.iter().map(move |index| (node, index));
+        nodes(facts).flat_map(of_node).filter(|(_, index)| index.valid && self.is_served_by(index))
+    }
+
+    /// The statements that drop every index that serves, also broken ones. A part goes with its parent's, which cannot be
+    /// dropped CONCURRENTLY.
+    pub fn drops(&self, facts: &Catalog) -> Vec<Part> {
+        let own = nodes(facts).flat_map(|node| node.indexes.iter().map(move |index| (node, index)));
+        let own = own.filter(|(_, index)| index.parent.is_none() && !index.constraint && self.is_served_by(index));
+        let drop = |(node, index): (&Node, &Index)| {
+            let concurrently = if node.kind == "p" { "" } else { "CONCURRENTLY " };
+            let statement = format!("DROP INDEX {concurrently}{}", qualified(&node.schema, &index.name));
+            mend::part(RunAs::Owner(node.owner.clone()), [statement])
+        };
+        mend::in_turn(own.map(drop))
+    }
+
     /// What keeps an index that is there from serving.
     pub fn obstacle(&self, facts: &Catalog) -> Option<String> {
         let all = || nodes(facts).flat_map(|node| node.indexes.iter().map(move |index| (node, index)));
@@ -50,10 +79,13 @@ impl Wanted<'_> {
             return None;
         }
         let leads = |index: &Index| index.columns.first().and_then(Option::as_deref) == self.columns.first().copied();
-        let (node, index) = all().find(|(_, index)| leads(index) && !self.is_served_by(index))?;
+        let serves = |index: &Index| {
+            [OpenPredicate::Private, OpenPredicate::Plain].iter().any(|open| self.with(*open).is_served_by(index))
+        };
+        let (node, index) = all().find(|(_, index)| leads(index) && !serves(index))?;
         let why = if index.columns.get(1).and_then(Option::as_deref) != self.columns.get(1).copied() {
             "its columns do not begin with these two"
-        } else if index.where_incomplete {
+        } else if index.open.is_some() {
             "its columns are sorted another way"
         } else if index.partial {
             "its WHERE is another"

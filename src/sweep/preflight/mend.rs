@@ -6,6 +6,7 @@ use super::catalog::InSchema;
 use super::finding::{Fix, Part, RunAs};
 use crate::api::cut;
 use crate::sweep::plan::literal;
+use crate::sweep::statement::OpenPredicate;
 
 /// The longest name that PostgreSQL keeps, in bytes.
 pub const MAX_NAME: usize = 63;
@@ -130,8 +131,8 @@ pub fn add_label(schema: &str, type_: &str, label: &str) -> String {
 pub struct Wanted<'a> {
     pub unique: bool,
     pub columns: [&'a str; 2],
-    /// The column that the index leaves out rows by, unless they have NULL there.
-    pub where_null: Option<&'a str>,
+    /// The index holds open rows alone: how it says so, of which column. None: it holds every row.
+    pub open: Option<(OpenPredicate, &'a str)>,
     /// What the name of a new one ends in.
     pub suffix: &'static str,
 }
@@ -139,8 +140,16 @@ pub struct Wanted<'a> {
 impl Wanted<'_> {
     /// What follows the name of an index.
     fn definition(&self, on: &str) -> String {
-        let predicate = self.where_null.map(|column| format!(" WHERE {} IS NULL", escape_identifier(column)));
+        let predicate = self.predicate().map(|predicate| format!(" WHERE {predicate}"));
         format!("ON {on} ({}){}", names(self.columns), predicate.unwrap_or_default())
+    }
+
+    /// The predicate as people write it.
+    pub fn predicate(&self) -> Option<String> {
+        self.open.map(|(predicate, column)| match predicate {
+            OpenPredicate::Private => format!("pg_catalog.num_nulls({}) = 1", escape_identifier(column)),
+            OpenPredicate::Plain => format!("{} IS NULL", escape_identifier(column)),
+        })
     }
 
     const fn kind(&self) -> &'static str {
@@ -181,26 +190,26 @@ mod tests {
     const WANTED: Wanted = Wanted {
         unique: false,
         columns: ["time \"started\"", "id"],
-        where_null: Some("Time.Completed"),
-        suffix: "_incomplete_by_time_started",
+        open: Some((OpenPredicate::Private, "Time.Completed")),
+        suffix: "_open_by_time_started",
     };
 
     #[test]
     fn every_name_is_quoted() {
         assert_eq!(
             WANTED.create("i\"", "a.b", "c\"; --"),
-            r#"CREATE INDEX CONCURRENTLY IF NOT EXISTS "i""" ON "a.b"."c""; --" ("time ""started""", "id") WHERE "Time.Completed" IS NULL"#
+            r#"CREATE INDEX CONCURRENTLY IF NOT EXISTS "i""" ON "a.b"."c""; --" ("time ""started""", "id") WHERE pg_catalog.num_nulls("Time.Completed") = 1"#
         );
         assert_eq!(add_label("s", "T", "it's"), r#"ALTER TYPE "s"."T" ADD VALUE IF NOT EXISTS 'it''s'"#);
     }
 
     #[test]
     fn a_new_name_is_free_and_not_too_long() {
-        let mut taken = vec![("s".to_owned(), "t_incomplete_by_time_started".to_owned())];
-        assert_eq!(WANTED.name("s", "t", &mut taken), "t_incomplete_by_time_started_2");
-        assert_eq!(WANTED.name("s", "t", &mut taken), "t_incomplete_by_time_started_3");
-        assert_eq!(WANTED.name("other", "t", &mut taken), "t_incomplete_by_time_started");
+        let mut taken = vec![("s".to_owned(), "t_open_by_time_started".to_owned())];
+        assert_eq!(WANTED.name("s", "t", &mut taken), "t_open_by_time_started_2");
+        assert_eq!(WANTED.name("s", "t", &mut taken), "t_open_by_time_started_3");
+        assert_eq!(WANTED.name("other", "t", &mut taken), "t_open_by_time_started");
         let long = WANTED.name("s", &"ä".repeat(31), &mut taken);
-        assert!(long.len() <= MAX_NAME - 3 && long.ends_with("ä_incomplete_by_time_started"), "{long}");
+        assert!(long.len() <= MAX_NAME - 3 && long.ends_with("ä_open_by_time_started"), "{long}");
     }
 }

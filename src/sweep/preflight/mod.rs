@@ -15,10 +15,12 @@ use std::time::Duration;
 
 pub use finding::{Checked, Finding, Fix, Part, RunAs, Severity, Subject};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio_postgres::SimpleQueryMessage;
 
 use super::connection::Session;
 use super::error::{Class, Step};
+use super::statement::Start;
 use super::{Error, Plan, Target, statement};
 use crate::api::Reason;
 
@@ -61,10 +63,11 @@ async fn look(session: &Session, plan: &Plan) -> Result<Checked, Error> {
     if checked.blocking().is_some() {
         return Ok(checked);
     }
-    match steps(session, plan).await {
+    match batch_steps(session, plan).await {
         Ok(steps) => {
             try_values(session, plan, &facts, &mut checked).await?;
-            judge::statement(&steps, &mut checked);
+            let completion = completion_indexes(session, plan, &facts).await?;
+            judge::statement(&steps, completion.as_deref(), &facts, &mut checked);
         }
         Err(error) if error.class() == Class::Transient && error.reason() != Reason::DatabaseError => {
             return Err(error);
@@ -115,19 +118,66 @@ async fn ask<T: DeserializeOwned>(session: &Session, sql: &str) -> Result<T, Err
 }
 
 /// Has the server plan the statement of a batch.
-pub(super) async fn explain(session: &Session, plan: &Plan) -> Result<(), Error> {
-    steps(session, plan).await.map(drop)
+pub(super) async fn explain(session: &Session, plan: &Plan, start: &Start) -> Result<(), Error> {
+    ask_plan(session, &statement::explain(plan, start, timeout(plan))).await.map(drop)
 }
 
-/// The server's plan for the statement of a batch, a line each.
-async fn steps(session: &Session, plan: &Plan) -> Result<Vec<String>, Error> {
-    let explained = session.query(Step::Preflight, &statement::explain(plan, timeout(plan)), TIMEOUT).await;
-    if explained.is_err() {
+/// The server's plan for the batch that a sweep would run now, a line each.
+async fn batch_steps(session: &Session, plan: &Plan) -> Result<Vec<String>, Error> {
+    let answer = ask_plan(session, &statement::start(plan, timeout(plan))).await?;
+    let start = statement::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
+    let answer = ask_plan(session, &statement::explain(plan, &start, timeout(plan))).await?;
+    Ok(lines(&answer))
+}
+
+/// The indexes that the server would use to complete a row by its key, as the application does it. None: it was not asked.
+async fn completion_indexes(
+    session: &Session,
+    plan: &Plan,
+    facts: &catalog::Catalog,
+) -> Result<Option<Vec<String>>, Error> {
+    let column = facts.table.as_ref().and_then(|table| table.columns.iter().find(|c| c.name == plan.names.id));
+    let Some(column) = column else { return Ok(None) };
+    let sql = statement::explain_completion(plan, &column.type_text, timeout(plan));
+    match ask_plan(session, &sql).await {
+        Ok(answer) => {
+            let document: Option<Value> = serde_json::from_str(&lines(&answer).join("\n")).ok();
+            let mut indexes = vec![];
+            index_names(&document.ok_or(Error::Answer("the plan of a completion"))?, &mut indexes);
+            Ok(Some(indexes))
+        }
+        Err(error) if error.sqlstate().is_none() || session.is_closed() => Err(error),
+        // It only costs a warning.
+        Err(_) => Ok(None),
+    }
+}
+
+/// Every index that a plan in JSON names.
+fn index_names(plan: &Value, names: &mut Vec<String>) {
+    match plan {
+        Value::Object(fields) => {
+            names.extend(fields.get("Index Name").and_then(Value::as_str).map(str::to_owned));
+            fields.values().for_each(|field| index_names(field, names));
+        }
+        Value::Array(items) => items.iter().for_each(|item| index_names(item, names)),
+        _ => {}
+    }
+}
+
+/// Sends statements of the preflight, and rolls back what an error in them left open.
+async fn ask_plan(session: &Session, sql: &str) -> Result<Vec<SimpleQueryMessage>, Error> {
+    let answer = session.query(Step::Preflight, sql, TIMEOUT).await;
+    if answer.is_err() {
         session.rollback().await;
     }
-    let lines = |message: &SimpleQueryMessage| match message {
+    answer
+}
+
+/// The first field of every row.
+fn lines(answer: &[SimpleQueryMessage]) -> Vec<String> {
+    let rows = answer.iter().filter_map(|message| match message {
         SimpleQueryMessage::Row(row) => statement::text(row, 0).map(str::to_owned),
         _ => None,
-    };
-    explained.map(|answer| answer.iter().filter_map(lines).collect())
+    });
+    rows.collect()
 }

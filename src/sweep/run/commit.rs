@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Sweep, statement, stop};
 use crate::sweep::Error;
 use crate::sweep::error::Step;
-use crate::sweep::statement::{Batch, Receipt};
+use crate::sweep::statement::{Batch, Receipt, Start};
 
 /// How long a COMMIT without an answer is looked up.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -15,7 +15,7 @@ const LOOKUP_PAUSE: Duration = Duration::from_millis(100);
 
 impl Sweep<'_> {
     /// Commits a batch and counts it.
-    pub(super) async fn commit(&mut self, batch: &Batch) -> Result<(), Error> {
+    pub(super) async fn commit(&mut self, start: &Start, batch: &Batch) -> Result<(), Error> {
         // Until it is known otherwise: a sweep that is told to stop may end in the midst of this.
         self.report.uncertain += batch.completed;
         let committed = tokio::select! {
@@ -28,7 +28,7 @@ impl Sweep<'_> {
             // says nothing: the rows may be committed.
             Err(error) => match &batch.receipt {
                 Some(receipt) if !matches!(&error, Error::Server(_)) || says_nothing(error.sqlstate()) => {
-                    (self.find_out(receipt).await, Err(error))
+                    (self.find_out(start, receipt).await, Err(error))
                 }
                 _ => (Some(false), Err(error)),
             },
@@ -49,17 +49,17 @@ impl Sweep<'_> {
     }
 
     /// Whether the transaction of a receipt was committed; None: it cannot be known in the time there is.
-    async fn find_out(&self, receipt: &Receipt) -> Option<bool> {
+    async fn find_out(&self, start: &Start, receipt: &Receipt) -> Option<bool> {
         tokio::select! {
-            committed = self.look_up(receipt) => Some(committed),
+            committed = self.look_up(start, receipt) => Some(committed),
             () = tokio::time::sleep(LOOKUP_TIMEOUT) => None,
             () = stop::after(self.stop, stop::LOOKUP) => None,
         }
     }
 
-    async fn look_up(&self, receipt: &Receipt) -> bool {
+    async fn look_up(&self, start: &Start, receipt: &Receipt) -> bool {
         loop {
-            match self.ask(receipt).await {
+            match self.ask(start, receipt).await {
                 Ok(Some(answer)) => return answer,
                 // In progress, or the server is not back yet.
                 Ok(None) | Err(_) => tokio::time::sleep(LOOKUP_PAUSE).await,
@@ -67,7 +67,7 @@ impl Sweep<'_> {
         }
     }
 
-    async fn ask(&self, receipt: &Receipt) -> Result<Option<bool>, Error> {
+    async fn ask(&self, start: &Start, receipt: &Receipt) -> Result<Option<bool>, Error> {
         let session = self.target.connect(LOOKUP_TIMEOUT).await?;
         let status = session.query(Step::Lookup, &statement::transaction_status(receipt), self.patience()).await;
         let status = match &status {
@@ -79,7 +79,8 @@ impl Sweep<'_> {
         if status == "in progress" {
             return Ok(None);
         }
-        let row = session.query(Step::Lookup, &statement::row_status(self.plan, receipt), self.patience()).await?;
+        let row =
+            session.query(Step::Lookup, &statement::row_status(self.plan, start, receipt), self.patience()).await?;
         session.close().await;
         Ok(match statement::last_row(&row).map(|row| statement::text(row, 0)) {
             Some(carries) => Some(carries == Some("t")),

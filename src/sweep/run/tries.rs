@@ -1,37 +1,38 @@
 //! One try at a batch, or at a single row, up to its COMMIT.
 
-use super::{Answer, Cursor, Ended, Error, Step, Sweep, Tried, statement};
+use super::{Answer, Cursor, Ended, Error, Start, Step, Sweep, Tried, statement};
 use crate::sweep::statement::Batch;
 use tokio_postgres::SimpleQueryMessage;
 
 impl Sweep<'_> {
     /// Completes the next row by itself, up to its COMMIT; a refusal tells which row it is.
-    pub(super) async fn one(&mut self, cutoff: &str, cursor: Option<&Cursor>) -> Result<Tried, Error> {
+    pub(super) async fn one(&mut self, start: &Start, cursor: Option<&Cursor>) -> Result<Tried, Error> {
         let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(Tried::Early(self.cause())) };
-        let sql = statement::choose_one(self.plan, cutoff, cursor, statement_timeout);
+        let sql = statement::choose_one(self.plan, start, cursor, statement_timeout);
         let chosen = match self.ask_for_rows(Step::Select, &sql, statement_timeout).await? {
             Answer::Early(ended) => return Ok(Tried::Early(ended)),
             Answer::Rows(answer) => statement::read_chosen(&answer),
         };
-        let Some((row, key_type)) = chosen else {
+        let Some(row) = chosen else {
             self.session.rollback().await;
             return Ok(Tried::Early(Ended::Drained));
         };
-        match self.ask_for_rows(Step::Batch, &statement::complete_one(self.plan, &row), statement_timeout).await {
+        match self.ask_for_rows(Step::Batch, &statement::complete_one(self.plan, start, &row), statement_timeout).await
+        {
             Ok(Answer::Early(ended)) => Ok(Tried::Early(ended)),
             Ok(Answer::Rows(answer)) => self.read_batch(&answer).await.map(Tried::Batch),
             Err(error @ Error::Server(_)) => {
                 self.session.rollback().await;
-                Ok(Tried::Refused { row, key_type, error })
+                Ok(Tried::Refused { row, error })
             }
             Err(error) => Err(error),
         }
     }
 
     /// Runs one batch up to its COMMIT.
-    pub(super) async fn batch(&mut self, cutoff: &str, cursor: Option<&Cursor>, size: i64) -> Result<Tried, Error> {
+    pub(super) async fn batch(&mut self, start: &Start, cursor: Option<&Cursor>, size: i64) -> Result<Tried, Error> {
         let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(Tried::Early(self.cause())) };
-        let sql = statement::batch(self.plan, cutoff, cursor, size, statement_timeout);
+        let sql = statement::batch(self.plan, start, cursor, size, statement_timeout);
         match self.ask_for_rows(Step::Batch, &sql, statement_timeout).await? {
             Answer::Early(ended) => Ok(Tried::Early(ended)),
             Answer::Rows(answer) => self.read_batch(&answer).await.map(Tried::Batch),

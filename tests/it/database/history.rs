@@ -21,7 +21,7 @@ use players::{Journal, job, kill, sweep_on, write_on};
 /// The table, the record of its changes, and a window for races: each update takes a millisecond.
 const SCHEMA: &str = "
     CREATE TABLE audit_log (id bigint PRIMARY KEY, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text);
-    CREATE INDEX ON audit_log (time_started, id) WHERE time_completed IS NULL;
+    CREATE INDEX ON audit_log (time_started, id) WHERE num_nulls(time_completed) = 1;
     CREATE TABLE change (seq bigserial, xid bigint, began timestamptz, at timestamptz, app text, id bigint,
       time_started timestamptz, old_completed timestamptz, new_completed timestamptz);
     CREATE FUNCTION record() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN

@@ -5,6 +5,7 @@ mod connections;
 mod edges;
 mod faults;
 mod history;
+mod plans;
 mod poison;
 mod preflight;
 mod shapes;

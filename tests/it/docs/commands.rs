@@ -28,10 +28,10 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// Commands that are about something that is wrong: what takes it away before, how they exit, and what brings it back.
 const BROKEN: [(&str, &str, i32, &str); 1] = [(
     "audit-log-sweeper check ",
-    "DROP INDEX audit_log_incomplete_by_time_started; \
+    "DROP INDEX audit_log_open_by_time_started; \
      REVOKE UPDATE (result_kind) ON audit_log FROM audit_log_sweeper",
     1,
-    "CREATE INDEX audit_log_incomplete_by_time_started ON audit_log (time_started, id) WHERE time_completed IS NULL; \
+    "CREATE INDEX audit_log_open_by_time_started ON audit_log (time_started, id) WHERE num_nulls(time_completed) = 1; \
      GRANT UPDATE (result_kind) ON audit_log TO audit_log_sweeper",
 )];
 

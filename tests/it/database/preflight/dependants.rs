@@ -214,7 +214,7 @@ async fn a_table_of_a_type_is_altered_there() {
     let stage = Stage::new(
         "CREATE TYPE entry AS (id uuid, time_started timestamp, time_completed timestamptz(0)); \
          CREATE TABLE audit_log OF entry (id PRIMARY KEY, time_started NOT NULL); \
-         CREATE INDEX sweep_index ON audit_log (time_started, id) WHERE time_completed IS NULL; \
+         CREATE INDEX sweep_index ON audit_log (time_started, id) WHERE num_nulls(time_completed) = 1; \
          ALTER TABLE audit_log NOT OF; ALTER TABLE audit_log ADD result_kind text; \
          ALTER TYPE entry ADD ATTRIBUTE result_kind text; ALTER TABLE audit_log OF entry",
     )

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use audit_log_sweeper::api::Reason::{IndexMissing, SchemaMismatch};
+use audit_log_sweeper::api::Reason::{IndexBloat, IndexMissing, IndexNotPrivate, SchemaMismatch};
 use audit_log_sweeper::sweep::preflight::Fix;
 use audit_log_sweeper::sweep::preflight::Severity::{Blocking, NotReady, Warning};
 use audit_log_sweeper::sweep::preflight::Subject::{Index, Key, Statement};
@@ -16,28 +16,40 @@ async fn an_index_that_is_missing_or_does_not_serve() {
     let missing = (Index, NotReady, IndexMissing);
     let replaced = |by: &str| {
         // By the name that the new one would have.
-        format!("DROP INDEX sweep_index; CREATE INDEX audit_log_incomplete_by_time_started ON audit_log {by}")
+        format!("DROP INDEX sweep_index; CREATE INDEX audit_log_open_by_time_started ON audit_log {by}")
     };
     all_found_and_mended([
         fault(&["DROP INDEX sweep_index"], missing, "no valid index on (\"time_started\", \"id\") WHERE"),
         fault(&[&replaced("(time_started, id)")], missing, "also holds every complete row"),
         fault(&[&replaced("(time_started, id) WHERE note IS NULL")], missing, "its WHERE is another"),
         fault(
-            &[&replaced("(time_started, id) WHERE time_completed IS NULL AND note IS NULL")],
+            &[&replaced("(time_started, id) WHERE num_nulls(time_completed) = 1 AND note IS NULL")],
             missing,
             "its WHERE is another",
         ),
-        fault(&[&replaced("(time_started) WHERE time_completed IS NULL")], missing, "do not begin with these two"),
-        fault(&[&replaced("(time_started, note, id) WHERE time_completed IS NULL")], missing, "do not begin with"),
-        fault(&[&replaced("(id, time_started) WHERE time_completed IS NULL")], missing, "no valid index"),
-        fault(&[&replaced("(time_started, id DESC) WHERE time_completed IS NULL")], missing, "sorted another way"),
         fault(
-            &[&replaced("(time_started NULLS FIRST, id) WHERE time_completed IS NULL")],
+            &[&replaced("(time_started) WHERE num_nulls(time_completed) = 1")],
+            missing,
+            "do not begin with these two",
+        ),
+        fault(
+            &[&replaced("(time_started, note, id) WHERE num_nulls(time_completed) = 1")],
+            missing,
+            "do not begin with",
+        ),
+        fault(&[&replaced("(id, time_started) WHERE num_nulls(time_completed) = 1")], missing, "no valid index"),
+        fault(
+            &[&replaced("(time_started, id DESC) WHERE num_nulls(time_completed) = 1")],
             missing,
             "sorted another way",
         ),
         fault(
-            &[&replaced("USING brin (time_started, id) WHERE time_completed IS NULL")],
+            &[&replaced("(time_started NULLS FIRST, id) WHERE num_nulls(time_completed) = 1")],
+            missing,
+            "sorted another way",
+        ),
+        fault(
+            &[&replaced("USING brin (time_started, id) WHERE num_nulls(time_completed) = 1")],
             missing,
             "sorted another way",
         ),
@@ -49,16 +61,82 @@ async fn an_index_that_is_missing_or_does_not_serve() {
         fault
     };
     all_found_and_mended([
-        text("(time_started, id COLLATE \"POSIX\") WHERE time_completed IS NULL"),
-        text("(time_started, id text_pattern_ops) WHERE time_completed IS NULL"),
+        text("(time_started, id COLLATE \"POSIX\") WHERE num_nulls(time_completed) = 1"),
+        text("(time_started, id text_pattern_ops) WHERE num_nulls(time_completed) = 1"),
     ])
     .await;
 }
 
 #[tokio::test]
+async fn an_index_that_the_application_uses_too_is_replaced() {
+    let warned = (Index, Warning, IndexNotPrivate);
+    let plain = |columns: &str| format!("CREATE INDEX plain ON audit_log {columns} WHERE time_completed IS NULL");
+    let instead = |columns: &str| format!("DROP INDEX sweep_index; {}", plain(columns));
+    let both = format!("{PARTITIONED}; {INDEX}");
+    let on = |table: &str| format!("CREATE INDEX ON {table} (time_started, id) WHERE time_completed IS NULL");
+    all_found_and_mended([
+        fault(&[&instead("(time_started, id)")], warned, "\"public\".\"plain\" slows the application"),
+        fault(&[&instead("(time_started, id, note)")], warned, "slows the application"),
+        // Beside the private one.
+        fault(&[&plain("(time_started, id)")], warned, "slows the application"),
+        fault(&[&instead("(time_started, id)")], warned, "slows the application").on(&both),
+        fault(&[&plain("(time_started, id)")], warned, "slows the application").on(&both),
+        // Every partition has one of its own.
+        fault(&["DROP INDEX sweep_index", &on("p1"), &on("p2a"), &on("p2b")], warned, "slows the application")
+            .on(&both),
+        fault(&[&on("p2a")], warned, "slows the application").on(&both),
+    ])
+    .await;
+    // Nothing is dropped before the new one is there.
+    let stage = Stage::new(&format!("{TABLE}; {}", plain("(time_started, id)"))).await;
+    stage.log.run("ANALYZE audit_log").await;
+    let checked = stage.check(&json!({})).await;
+    let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
+    let Some(Fix::Sql { parts, .. }) = &found.fix else { panic!("{found:#?}") };
+    let sql: Vec<&String> = parts.iter().flat_map(|part| &part.statements).collect();
+    let (create, drop) = (sql[sql.len() - 2], sql[sql.len() - 1]);
+    assert!(
+        create.starts_with("CREATE INDEX CONCURRENTLY IF NOT EXISTS \"audit_log_open_by_time_started\""),
+        "{sql:?}"
+    );
+    assert!(create.ends_with("WHERE pg_catalog.num_nulls(\"time_completed\") = 1"), "{sql:?}");
+    assert_eq!(drop, "DROP INDEX CONCURRENTLY \"public\".\"plain\"");
+    assert!(checked.ready(), "{checked:#?}");
+}
+
+#[tokio::test]
+async fn a_large_table_that_autovacuum_seldom_visits() {
+    let warned = (Index, Warning, IndexBloat);
+    let rows = |rows: u32, of: &str| format!("UPDATE pg_class SET reltuples = {rows} WHERE relname = '{of}'");
+    let off = "ALTER TABLE audit_log SET (autovacuum_enabled = off)";
+    all_found_and_mended([
+        fault(&[&rows(2_000_000, "audit_log")], warned, "cleans it only after 400050 updates").by_superuser(),
+        fault(&[&rows(300_000, "audit_log"), off], warned, "autovacuum is off").by_superuser(),
+        fault(&[&rows(9_000_000, "p2b")], warned, "\"public\".\"p2b\" has about 9000000 rows")
+            .by_superuser()
+            .on(&format!("{PARTITIONED}; {INDEX}")),
+    ])
+    .await;
+    let stage = Stage::new(&format!("{TABLE}; {INDEX}")).await;
+    for fine in [
+        &rows(1_000_000, "audit_log")[..],
+        &format!("{off}; {}", rows(200_000, "audit_log")),
+        &format!(
+            "ALTER TABLE audit_log RESET (autovacuum_enabled); ALTER TABLE audit_log SET (autovacuum_vacuum_scale_factor = 0.01); {}",
+            rows(5_000_000, "audit_log")
+        ),
+    ] {
+        stage.admin.batch_execute(fine).await.unwrap();
+        let checked = stage.check(&json!({})).await;
+        assert!(checked.findings.is_empty(), "{fine}: {checked:#?}");
+    }
+}
+
+#[tokio::test]
 async fn an_index_that_serves_in_another_form() {
     for by in ["(time_started DESC, id DESC)", "(time_started, id, note)", "(time_started, id) INCLUDE (note)"] {
-        let stage = Stage::new(&format!("{TABLE}; CREATE INDEX ON audit_log {by} WHERE time_completed IS NULL")).await;
+        let stage =
+            Stage::new(&format!("{TABLE}; CREATE INDEX ON audit_log {by} WHERE num_nulls(time_completed) = 1")).await;
         let checked = stage.check(&json!({})).await;
         assert!(checked.findings.is_empty(), "{by}: {checked:#?}");
         stage.sweeps(&super::id(1), &json!({})).await.unwrap();
@@ -79,20 +157,20 @@ async fn interrupted(stage: &Stage, create: &str, table: &str) {
 #[tokio::test]
 async fn an_index_whose_creation_was_interrupted_is_dropped_first() {
     let stage = Stage::new(TABLE).await;
-    let create = "CREATE INDEX CONCURRENTLY audit_log_incomplete_by_time_started ON audit_log (time_started, id) \
-                  WHERE time_completed IS NULL";
+    let create = "CREATE INDEX CONCURRENTLY audit_log_open_by_time_started ON audit_log (time_started, id) \
+                  WHERE num_nulls(time_completed) = 1";
     interrupted(&stage, create, "audit_log").await;
     let checked = stage.check(&json!({})).await;
     let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
     assert_eq!((found.subject, found.severity, found.reason), (Index, NotReady, IndexMissing));
-    assert!(found.message.contains("\"audit_log_incomplete_by_time_started\" is not valid"), "{}", found.message);
+    assert!(found.message.contains("\"audit_log_open_by_time_started\" is not valid"), "{}", found.message);
     stage.sweeps(&super::id(1), &json!({})).await.unwrap();
     stage.mend(found.fix.as_ref().unwrap()).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
     let indexes = "SELECT indexrelid::regclass, indisvalid FROM pg_index WHERE indrelid = 'audit_log'::regclass ORDER BY indexrelid::regclass::text";
     assert_eq!(
         stage.log.query(indexes).await,
-        ["audit_log_incomplete_by_time_started|t", "audit_log_pkey|t"],
+        ["audit_log_open_by_time_started|t", "audit_log_pkey|t"],
         "the broken one is left"
     );
 }
@@ -101,9 +179,10 @@ async fn an_index_whose_creation_was_interrupted_is_dropped_first() {
 async fn partitions_without_the_index() {
     let missing = (Index, NotReady, IndexMissing);
     let both = format!("{PARTITIONED}; {INDEX}");
-    let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE time_completed IS NULL";
-    let on =
-        |table: &str| format!("CREATE INDEX {table}_mine ON {table} (time_started, id) WHERE time_completed IS NULL");
+    let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE num_nulls(time_completed) = 1";
+    let on = |table: &str| {
+        format!("CREATE INDEX {table}_mine ON {table} (time_started, id) WHERE num_nulls(time_completed) = 1")
+    };
     let attach = |to: &str, part: &str| format!("ALTER INDEX {to} ATTACH PARTITION {part}_mine");
     all_found_and_mended([
         fault(&["DROP INDEX sweep_index"], missing, "no valid index").on(&both),
@@ -122,7 +201,7 @@ async fn partitions_without_the_index() {
                 "DROP INDEX sweep_index",
                 only,
                 &on("p1"),
-                "CREATE INDEX p2_mine ON ONLY p2 (time_started, id) WHERE time_completed IS NULL",
+                "CREATE INDEX p2_mine ON ONLY p2 (time_started, id) WHERE num_nulls(time_completed) = 1",
                 &on("p2b"),
                 &attach("sweep_index", "p1"),
                 &attach("sweep_index", "p2"),
@@ -136,7 +215,7 @@ async fn partitions_without_the_index() {
         fault(
             &["DROP INDEX sweep_index", &on("p1"), &on("p2a"), &on("p2b")],
             (Index, Warning, IndexMissing),
-            "new ones will come without it",
+            "new partitions will come without it",
         )
         .on(&both),
     ])
@@ -145,17 +224,17 @@ async fn partitions_without_the_index() {
 
 #[tokio::test]
 async fn a_broken_index_of_a_partition_alone_and_as_part_of_the_whole() {
-    let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE time_completed IS NULL";
+    let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE num_nulls(time_completed) = 1";
     for attached in [false, true] {
         let stage = Stage::new(&format!("{PARTITIONED}; {only}")).await;
-        let create = "CREATE INDEX CONCURRENTLY p1_incomplete_by_time_started ON p1 (time_started, id) WHERE time_completed IS NULL";
+        let create = "CREATE INDEX CONCURRENTLY p1_open_by_time_started ON p1 (time_started, id) WHERE num_nulls(time_completed) = 1";
         interrupted(&stage, create, "p1").await;
         if attached {
-            stage.log.run("ALTER INDEX sweep_index ATTACH PARTITION p1_incomplete_by_time_started").await;
+            stage.log.run("ALTER INDEX sweep_index ATTACH PARTITION p1_open_by_time_started").await;
         }
         let checked = stage.check(&json!({})).await;
         let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
-        assert!(found.message.contains("\"p1_incomplete_by_time_started\" is not valid"), "{}", found.message);
+        assert!(found.message.contains("\"p1_open_by_time_started\" is not valid"), "{}", found.message);
         stage.mend(found.fix.as_ref().unwrap()).await;
         let mended = stage.check(&json!({})).await;
         assert!(mended.findings.is_empty(), "{attached}: {found:#?} {mended:#?}");
@@ -225,7 +304,12 @@ async fn an_index_that_the_server_does_not_use_yet() {
     let checked = stage.check(&json!({})).await;
     let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
     assert_eq!((found.subject, found.severity, found.reason, &found.fix), (Statement, NotReady, IndexMissing, &None));
-    assert!(found.message.contains("once they have ended"), "{}", found.message);
+    assert!(
+        found.message.contains("does not use \"public\".\"sweep_index\" yet")
+            && found.message.contains("once they have ended"),
+        "{}",
+        found.message
+    );
     old.rollback().await.unwrap();
     // Transactions of other databases count, too.
     eventually("the index to serve", Duration::from_secs(60), async || {
@@ -237,10 +321,10 @@ async fn an_index_that_the_server_does_not_use_yet() {
 
 #[tokio::test]
 async fn an_index_that_nothing_wakes_and_one_of_a_constraint() {
-    let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE time_completed IS NULL";
+    let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE num_nulls(time_completed) = 1";
     let on = |table: &str| {
         format!(
-            "CREATE INDEX {table}_mine ON {table} (time_started, id) WHERE time_completed IS NULL; \
+            "CREATE INDEX {table}_mine ON {table} (time_started, id) WHERE num_nulls(time_completed) = 1; \
                  ALTER INDEX sweep_index ATTACH PARTITION {table}_mine"
         )
     };
@@ -255,7 +339,7 @@ async fn an_index_that_nothing_wakes_and_one_of_a_constraint() {
         fault(
             &["DROP INDEX sweep_index", only, &on("p1"), "DROP TABLE p2"],
             (Index, Warning, IndexMissing),
-            "new ones will come",
+            "new partitions will come",
         )
         .on(&format!("{two}; {INDEX}")),
         // The parts of a constraint's index are those of constraints.
@@ -275,7 +359,7 @@ async fn an_index_that_nothing_wakes_and_one_of_a_constraint() {
     let stage = Stage::new(
         "CREATE TABLE audit_log (id uuid NOT NULL, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text) \
          PARTITION BY RANGE ((time_started AT TIME ZONE 'UTC')); CREATE TABLE p PARTITION OF audit_log DEFAULT; \
-         CREATE INDEX ON audit_log (time_started, id) WHERE time_completed IS NULL",
+         CREATE INDEX ON audit_log (time_started, id) WHERE num_nulls(time_completed) = 1",
     )
     .await;
     let checked = stage.check(&json!({})).await;

@@ -31,7 +31,7 @@ const PARTITIONED: &str = "CREATE TABLE audit_log (id uuid, time_started timesta
     CREATE TABLE p2a PARTITION OF p2 FOR VALUES FROM ('2020-01-01') TO ('2020-06-01'); \
     CREATE TABLE p2b PARTITION OF p2 FOR VALUES FROM ('2020-06-01') TO ('2021-01-01')";
 
-const INDEX: &str = "CREATE INDEX sweep_index ON audit_log (time_started, id) WHERE time_completed IS NULL";
+const INDEX: &str = "CREATE INDEX sweep_index ON audit_log (time_started, id) WHERE num_nulls(time_completed) = 1";
 
 /// An audit log, and a login that may do with it what a sweep does and nothing else.
 struct Stage {

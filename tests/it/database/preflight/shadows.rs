@@ -37,7 +37,7 @@ const SHADOWS: &str = "
 const TABLE: &str = "
     CREATE TABLE audit_log (id varchar PRIMARY KEY, time_started timestamptz NOT NULL, time_completed timestamptz,
       result_kind text, CONSTRAINT kind CHECK (num_nonnulls(result_kind) <= 1));
-    CREATE INDEX sweep_index ON audit_log (time_started, id) WHERE time_completed IS NULL;
+    CREATE INDEX sweep_index ON audit_log (time_started, id) WHERE num_nulls(time_completed) = 1;
     INSERT INTO audit_log SELECT 'row ' || n, now() - interval '9 h' + n / 2 * interval '1 s' FROM generate_series(1, 6) AS n;
     ALTER TABLE audit_log ADD CONSTRAINT not_the_third CHECK (id <> 'row 3' OR time_completed IS NULL) NOT VALID;";
 

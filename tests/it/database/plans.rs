@@ -1,0 +1,314 @@
+//! The plans of the sweep's statements, and of the application's own beside them: with every index, kind of statistics and
+//! table, the sweep walks its index and the application does not.
+
+use std::time::Duration;
+
+use audit_log_sweeper::sweep::statement;
+use serde_json::json;
+
+use crate::fixtures::{Log, id};
+
+const COLUMNS: &str =
+    "id uuid NOT NULL, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text";
+
+/// One table, and three partitions that all hold rows.
+const TABLES: [(&str, &str); 2] = [
+    ("plain", "CREATE TABLE audit_log (COLUMNS, PRIMARY KEY (id))"),
+    (
+        "partitioned",
+        "CREATE TABLE audit_log (COLUMNS, PRIMARY KEY (id, time_started)) PARTITION BY RANGE (time_started); \
+         CREATE TABLE p1 PARTITION OF audit_log FOR VALUES FROM (MINVALUE) TO ('2020-01-01'); \
+         CREATE TABLE p2 PARTITION OF audit_log FOR VALUES FROM ('2020-01-01') TO ('2020-01-15'); \
+         CREATE TABLE p3 PARTITION OF audit_log DEFAULT",
+    ),
+];
+
+const PRIVATE: &str = "num_nulls(time_completed) = 1";
+const PLAIN: &str = "time_completed IS NULL";
+
+/// 20,000 complete rows, in all partitions.
+const COMPLETE: &str = "INSERT INTO audit_log SELECT ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid, \
+    '2019-12-01'::timestamptz + n * interval '4 min', '2020-03-01', 'success' FROM generate_series(1, 20000) AS n";
+
+/// 3,000 open rows more.
+const BACKLOG: &str = "INSERT INTO audit_log SELECT ('00000000-0000-0000-0001-' || lpad(n::text, 12, '0'))::uuid, \
+    '2019-12-01'::timestamptz + n * interval '27 min' FROM generate_series(1, 3000) AS n";
+
+/// What the planner knows of the table.
+const STATISTICS: [(&str, &[&str]); 3] = [
+    ("none", &[COMPLETE, BACKLOG]),
+    ("from before the backlog", &[COMPLETE, "ANALYZE audit_log", BACKLOG]),
+    ("fresh", &[COMPLETE, BACKLOG, "ANALYZE audit_log"]),
+];
+
+/// Indexes that an application may have besides.
+const OTHERS: [&str; 2] = [
+    "SELECT 1",
+    "CREATE INDEX by_start ON audit_log (time_started); CREATE INDEX by_end ON audit_log (time_completed)",
+];
+
+async fn table(create: &str, index: &str, statistics: &[&str], others: &str) -> Log {
+    let log = Log::empty().await;
+    log.run(&format!("{}; {others}", create.replace("COLUMNS", COLUMNS))).await;
+    // Autovacuum would analyze in the midst.
+    let tables = log.query("SELECT relid::regclass FROM pg_partition_tree('audit_log') WHERE isleaf").await;
+    for table in tables {
+        log.run(&format!("ALTER TABLE {table} SET (autovacuum_enabled = off)")).await;
+    }
+    if !index.is_empty() {
+        log.run(&format!("CREATE INDEX open ON audit_log (time_started, id) WHERE {index}")).await;
+    }
+    for sql in statistics {
+        log.run(sql).await;
+    }
+    log
+}
+
+/// A plan as lines without what differs between versions and runs: numbers of nodes, times, and marks of pinned nodes.
+async fn plan(log: &Log, sql: &str) -> Vec<String> {
+    let lines = log.query(sql).await.into_iter().filter(|line| !line.trim().starts_with("Disabled: "));
+    let tidy = |line: String| {
+        let line = line.split(" (returns ").next().unwrap_or_default().to_owned();
+        match line.split_once("time_started < '") {
+            Some((before, _)) => format!("{before}time_started < CUTOFF)"),
+            None => line,
+        }
+    };
+    lines.map(tidy).collect()
+}
+
+/// The plan of the next batch.
+async fn batch_plan(log: &Log) -> Vec<String> {
+    let (job, limit) = (log.job(json!({})).plan, Duration::from_secs(5));
+    let answer = log.client.simple_query(&statement::start(&job, limit)).await.unwrap();
+    plan(log, &statement::explain(&job, &statement::read_start(&answer).unwrap(), limit)).await
+}
+
+/// The whole plan of a batch on one table.
+fn expected(predicate: &str) -> Vec<String> {
+    let plan = format!(
+        "Nested Loop Left Join
+  CTE stale
+    ->  Limit
+          ->  LockRows
+                ->  Index Scan using open on audit_log
+                      Index Cond: (time_started < CUTOFF)
+                      Filter: ({predicate})
+  CTE done
+    ->  Update on audit_log t
+          InitPlan 2
+            ->  Result
+          ->  Nested Loop
+                ->  CTE Scan on stale stale_2
+                ->  Index Scan using audit_log_pkey on audit_log t
+                      Index Cond: (id = stale_2.id)
+                      Filter: (((time_completed IS NULL) IS TRUE) AND (stale_2.time_started = time_started))
+  ->  Nested Loop Left Join
+        ->  Nested Loop
+              ->  Aggregate
+                    ->  CTE Scan on stale
+              ->  Aggregate
+                    ->  CTE Scan on done
+        ->  Limit
+              ->  Sort
+                    Sort Key: stale_1.time_started DESC, stale_1.id DESC
+                    ->  CTE Scan on stale stale_1
+  ->  Limit
+        ->  CTE Scan on done done_1"
+    );
+    plan.lines().map(str::to_owned).collect()
+}
+
+/// What a batch does with the partitions, in the order of the lines: the selection whole, of the join the indexes. The
+/// versions differ in the nodes around these, and in which conditions they hand to an index.
+fn expected_of_partitions(predicate: &str) -> Vec<String> {
+    let selection = (1..=3).flat_map(|partition| {
+        [
+            format!("Index Scan using p{partition}_time_started_id_idx on p{partition} audit_log_{partition}"),
+            "Index Cond: (time_started < CUTOFF)".into(),
+            format!("Filter: ({predicate})"),
+        ]
+    });
+    let join = (1..=3).map(|partition| format!("Index Scan using p{partition}_pkey on p{partition} t_{partition}"));
+    selection.chain(join).collect()
+}
+
+/// The same of a plan that was found.
+fn of_partitions(plan: &[String]) -> Vec<String> {
+    let lines = plan.iter().map(|line| line.trim().trim_start_matches("->  "));
+    let scans = lines.clone().filter(|line| line.contains("Scan") && !line.contains("CTE Scan")).count();
+    let mut lines = lines.filter(|line| {
+        line.contains("Scan") && !line.contains("CTE Scan")
+            || line.starts_with("Index Cond")
+            || line.starts_with("Filter")
+    });
+    let selection: Vec<_> = lines.by_ref().take(9).map(str::to_owned).collect();
+    let join = lines.filter(|line| line.contains("Scan")).map(str::to_owned);
+    let all: Vec<_> = selection.into_iter().chain(join).collect();
+    assert_eq!(scans, 6, "{plan:#?}");
+    all
+}
+
+#[tokio::test]
+async fn a_batch_walks_either_index_whatever_the_statistics_and_other_indexes() {
+    for (kind, create) in TABLES {
+        for (statistics, sql) in STATISTICS {
+            for (index, predicate) in [(PRIVATE, "num_nulls(time_completed) = 1"), (PLAIN, "time_completed IS NULL")] {
+                for others in OTHERS {
+                    let found = batch_plan(&table(create, index, sql, others).await).await;
+                    let case = format!("{kind} table, statistics {statistics}, {index}, {others}: {found:#?}");
+                    let (found, wanted) = match kind {
+                        "plain" => (found, expected(predicate)),
+                        _ => (of_partitions(&found), expected_of_partitions(predicate)),
+                    };
+                    // The join may then look rows up by their start time alone: good while few rows share one.
+                    if others == OTHERS[1] && (kind, index) != ("plain", PRIVATE) {
+                        let selection = |plan: &[String]| {
+                            plan.iter().take(if kind == "plain" { 7 } else { 9 }).cloned().collect::<Vec<_>>()
+                        };
+                        assert_eq!(selection(&found), selection(&wanted), "{case}");
+                    } else {
+                        assert_eq!(found, wanted, "{case}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_batch_states_the_private_predicate_only_when_every_partition_can_use_it() {
+    let log = table(TABLES[1].1, "", &[], OTHERS[0]).await;
+    let uses = async || {
+        let plan = batch_plan(&log).await.join("\n");
+        (
+            plan.matches("num_nulls(time_completed) = 1").count(),
+            plan.matches("Filter: (time_completed IS NULL)").count(),
+        )
+    };
+    let mut on = vec![];
+    for partition in ["p1", "p2", "p3"] {
+        assert_eq!(uses().await, (0, 3), "with the index on {on:?}");
+        log.run(&format!("CREATE INDEX ON {partition} (time_started, id) WHERE {PRIVATE}")).await;
+        on.push(partition);
+    }
+    assert_eq!(uses().await, (3, 0));
+    // A new partition comes without it, and the plain one serves all.
+    log.run(&format!(
+        "CREATE TABLE p4 PARTITION OF audit_log FOR VALUES FROM ('2021-01-01') TO ('2022-01-01'); \
+         CREATE INDEX ON audit_log (time_started, id) WHERE {PLAIN}"
+    ))
+    .await;
+    assert_eq!(uses().await, (0, 4));
+    log.run(&format!("CREATE INDEX ON audit_log (time_started, id) WHERE {PRIVATE}")).await;
+    assert_eq!(uses().await, (4, 0), "one that is private comes before one that is not");
+}
+
+/// The application's own statements, as texts and as prepared statements with generic plans.
+const COMPLETION: &str =
+    "UPDATE audit_log SET time_completed = clock_timestamp() WHERE id = KEY AND time_completed IS NULL";
+const LOOK: &str = "SELECT time_completed FROM audit_log WHERE id = KEY AND time_completed IS NULL";
+
+async fn application_plans(log: &Log) -> Vec<Vec<String>> {
+    let mut plans = vec![];
+    for sql in [COMPLETION, LOOK] {
+        let key = format!("'{}'", id(7));
+        plans.push(plan(log, &format!("EXPLAIN (COSTS OFF) {}", sql.replace("KEY", &key))).await);
+        let generic = format!(
+            "SET plan_cache_mode = force_generic_plan; DEALLOCATE ALL; PREPARE s (uuid) AS {}; \
+             EXPLAIN (COSTS OFF) EXECUTE s ({key})",
+            sql.replace("KEY", "$1")
+        );
+        plans.push(plan(log, &generic).await);
+    }
+    plans
+}
+
+#[tokio::test]
+async fn the_application_plans_its_statements_as_if_the_private_index_were_not_there() {
+    for (kind, create) in TABLES {
+        for (statistics, sql) in STATISTICS {
+            for others in OTHERS {
+                let without = application_plans(&table(create, "", sql, others).await).await;
+                let with = application_plans(&table(create, PRIVATE, sql, others).await).await;
+                assert_eq!(with, without, "{kind} table, statistics {statistics}, {others}");
+            }
+        }
+    }
+    // It would use the plain one: what is asserted above can fail.
+    let empty = [COMPLETE, "ANALYZE audit_log"];
+    let with = application_plans(&table(TABLES[0].1, PLAIN, &empty, OTHERS[0]).await).await;
+    assert!(with.iter().all(|plan| plan.iter().any(|line| line.contains("using open"))), "{with:#?}");
+}
+
+/// Requests that start and complete, each statement its own transaction, and no vacuum.
+const LOAD: &str = "CREATE PROCEDURE load(first int, last int) LANGUAGE plpgsql AS $$ DECLARE key uuid; BEGIN \
+    FOR n IN first..last LOOP \
+      key := ('00000000-0000-0000-0002-' || lpad(n::text, 12, '0'))::uuid; \
+      INSERT INTO audit_log VALUES (key, clock_timestamp()); COMMIT; \
+      UPDATE audit_log SET time_completed = clock_timestamp(), result_kind = 'success' \
+        WHERE id = key AND time_completed IS NULL; COMMIT; \
+    END LOOP; END $$";
+
+/// Buffers that the server reads to find the row of a completion, as a text and as a prepared statement.
+async fn buffers(log: &Log) -> Vec<u64> {
+    let mut read = vec![];
+    let [one, other] = [900_001, 900_002].map(id);
+    for sql in [
+        format!("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {}", COMPLETION.replace("KEY", &format!("'{one}'"))),
+        format!("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE complete ('{other}')"),
+    ] {
+        // Its own row for each: one that was rolled back leaves a version behind.
+        log.run(&format!(
+            "INSERT INTO audit_log VALUES ('{one}', now()), ('{other}', now()) ON CONFLICT DO NOTHING; BEGIN"
+        ))
+        .await;
+        let text = log.query(&sql).await.join("\n");
+        log.run("ROLLBACK").await;
+        let plan: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let mut node = &plan[0]["Plan"];
+        // The node that finds the row, below the one that writes it.
+        while let Some(child) = node["Plans"].get(0) {
+            node = child;
+        }
+        assert_eq!(node["Actual Rows"].as_f64(), Some(1.0), "{plan:#}");
+        read.push(["Shared Hit Blocks", "Shared Read Blocks"].iter().map(|name| node[*name].as_u64().unwrap()).sum());
+    }
+    read
+}
+
+/// What a completion reads after 100,000 requests, and beside a backlog that the statistics do not know of.
+async fn buffers_of_a_completion(index: &str, requests: u32) -> [Vec<u64>; 2] {
+    let log = table(TABLES[0].1, index, &[COMPLETE, "ANALYZE audit_log"], OTHERS[0]).await;
+    log.run(LOAD).await;
+    let prepare = COMPLETION.replace("KEY", "$1");
+    log.run(&format!("SET plan_cache_mode = force_generic_plan; PREPARE complete (uuid) AS {prepare}")).await;
+    let load = |worker: u32| {
+        let database = &log.database;
+        async move {
+            let client = database.client().await.unwrap();
+            let (first, last) = (worker * requests / 2 + 1, (worker + 1) * requests / 2);
+            client.batch_execute("SET synchronous_commit = off").await.unwrap();
+            client.batch_execute(&format!("CALL load({first}, {last})")).await.unwrap();
+        }
+    };
+    tokio::join!(load(0), load(1));
+    let after_load = buffers(&log).await;
+    log.run("TRUNCATE audit_log").await;
+    log.run(&format!("{COMPLETE}; ANALYZE audit_log")).await;
+    log.run(&BACKLOG.replace("3000", "50000").replace("27 min", "1 s")).await;
+    [after_load, buffers(&log).await]
+}
+
+#[tokio::test]
+async fn a_completion_reads_no_more_with_the_private_index_than_without_any() {
+    let (without, private, plain) = tokio::join!(
+        buffers_of_a_completion("", 100_000),
+        buffers_of_a_completion(PRIVATE, 100_000),
+        // So few do for this one; it becomes slower with each.
+        buffers_of_a_completion(PLAIN, 15_000)
+    );
+    println!("buffers of a completion: without {without:?}, private {private:?}, plain {plain:?}");
+    assert_eq!(private, without);
+    assert!(plain.iter().flatten().all(|plain| *plain > 50), "the plain index does no harm here: {plain:?}");
+}
