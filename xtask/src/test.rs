@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
-use support::postgres::Binaries;
+use support::postgres::{Binaries, hostile};
 use support::process::output;
 use support::scratch::Scratch;
 use support::tools::Tools;
@@ -39,6 +39,8 @@ pub fn run(
     let output_of_all = Scratch::new(None)?;
     let mut tests = cargo();
     tests.args(["test", "--locked"]).env("TMPDIR", temporary.path()).env(leaks::FOLDER, output_of_all.path());
+    let server_logs = Scratch::new(None)?;
+    tests.env(hostile::FOLDER, server_logs.path());
     if let Some(major) = major {
         tests.env("AUDIT_LOG_SWEEPER_POSTGRES", major.to_string());
     }
@@ -104,6 +106,17 @@ pub fn run(
     let (leaks, files, bytes) = leaks::search(output_of_all.path())?;
     println!("Searched {files} outputs of the product, {} kB, for the secrets planted in the tests", bytes / 1024);
     anyhow::ensure!(files > 0 || database_only || !arguments.is_empty(), "no output was kept, so nothing was searched");
+    let (hijacked, canaries) = hostile::search(server_logs.path())?;
+    anyhow::ensure!(
+        canaries > 0 || !arguments.is_empty(),
+        "no server's log was kept, so no hijacked name would be seen"
+    );
+    if !hijacked.is_empty() {
+        println!("These lookalikes of another schema ran instead of the server's own:");
+        hijacked.iter().for_each(|(what, statement)| println!("{what}, in {statement}"));
+        return Ok(ExitCode::FAILURE);
+    }
+    println!("No lookalike of another schema ran, on {canaries} servers with a hostile search_path");
     if !leaks.is_empty() {
         println!("Secrets were shown {} times:\n{}", leaks.len(), leaks.join("\n"));
         return Ok(ExitCode::FAILURE);

@@ -209,7 +209,7 @@ async fn a_sweep_gives_way_to_others_who_write_for_a_while_and_leaves_nothing_un
                 let (client, connection) = tokio_postgres::connect(&uri, NoTls).await.unwrap();
                 let connection = tokio::spawn(connection);
                 while !done.is_cancelled() {
-                    client.batch_execute("SELECT pg_current_xact_id()").await.unwrap();
+                    client.batch_execute("SELECT pg_catalog.pg_current_xact_id()").await.unwrap();
                     written.fetch_add(1, Ordering::SeqCst);
                 }
                 drop(client);

@@ -78,7 +78,7 @@ async fn plan(log: &Log, sql: &str) -> Vec<String> {
 }
 
 /// The plan of the next batch.
-async fn batch_plan(log: &Log) -> Vec<String> {
+pub async fn batch_plan(log: &Log) -> Vec<String> {
     let (job, limit) = (log.job(json!({})).plan, Duration::from_secs(5));
     let answer = log.client.simple_query(&statement::start(&job, limit)).await.unwrap();
     plan(log, &statement::explain(&job, &statement::read_start(&answer).unwrap(), limit)).await

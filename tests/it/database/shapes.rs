@@ -74,6 +74,28 @@ async fn keys_of_every_type_hostile_names_enum_and_text_kinds() {
     }
 }
 
+/// The order of `citext` is another than that of `text`, and its operators are in a schema of their own.
+#[tokio::test]
+async fn keys_of_type_citext_are_compared_by_their_own_operators() {
+    let log = Log::empty().await;
+    log.run(
+        "CREATE SCHEMA \"Ext; --\"; CREATE EXTENSION citext SCHEMA \"Ext; --\"; CREATE DOMAIN key AS \"Ext; --\".citext; \
+         CREATE TABLE audit_log (id key PRIMARY KEY, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text); \
+         CREATE INDEX ON audit_log (time_started, id) WHERE num_nulls(time_completed) = 1; \
+         INSERT INTO audit_log SELECT k, '2020-01-01' FROM unnest('{f,A,b,C,d,E}'::text[]) AS k",
+    )
+    .await;
+    let plan = super::plans::batch_plan(&log).await.join("\n");
+    assert!(plan.contains("Index Scan using audit_log_pkey on audit_log t"), "{plan}");
+    for (limit, open) in [(3, "d,E,f"), (2, "f"), (1, "NULL")] {
+        let report = log.sweep(json!({ "batchSize": 2, "limit": limit })).await;
+        assert_eq!((report.timed_out, report.error.map(|e| e.to_string())), (limit, None));
+        let left =
+            "SELECT string_agg(id::text, ',' ORDER BY lower(id::text)) FROM audit_log WHERE time_completed IS NULL";
+        assert_eq!(log.query(left).await, [open]);
+    }
+}
+
 #[tokio::test]
 async fn no_name_and_no_value_can_be_anything_but_itself() {
     // Names that would end a quotation or a statement, or that PostgreSQL would fold.

@@ -295,8 +295,9 @@ async fn a_slow_statement_is_ended_by_the_server() {
 async fn the_deadline_ends_a_sweep_and_keeps_what_was_done() {
     let log = Log::new().await;
     log.start_many(1000).await;
+    // Far more than the deadline in all, and a batch far less than the share of it that a statement may take.
     log.before_update("PERFORM pg_sleep(0.02);").await;
-    let report = log.sweep(json!({ "batchSize": 10, "deadline": "1s", "statementTimeout": "1s" })).await;
+    let report = log.sweep(json!({ "batchSize": 2, "deadline": "3s", "statementTimeout": "1s" })).await;
     assert_eq!(report.outcome(), Outcome::DeadlineReached, "{report:?}");
     let expected: Vec<u32> = (1..=u32::try_from(report.timed_out).unwrap()).collect();
     assert!(report.timed_out > 0 && report.timed_out < 1000);

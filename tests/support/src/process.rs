@@ -158,6 +158,11 @@ impl Process {
         self.pid
     }
 
+    /// Where its log goes.
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
     /// The watchdog ends when the program has ended.
     pub fn is_running(&mut self) -> bool {
         matches!(self.watchdog.try_wait(), Ok(None))

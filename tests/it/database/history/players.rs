@@ -101,6 +101,8 @@ async fn connect(uri: &str, name: &str) -> Option<Client> {
     let uri = format!("{uri}?application_name={name}");
     let (client, connection) = tokio_postgres::connect(&uri, NoTls).await.ok()?;
     tokio::spawn(connection);
+    // The database's own may be hostile.
+    client.batch_execute("SET search_path = public").await.ok()?;
     Some(client)
 }
 

@@ -1,6 +1,6 @@
 //! A database that a test has to itself.
 
-use super::{PostgresServer, connect};
+use super::{PostgresServer, connect, hostile};
 use crate::leaks::MARKER;
 use crate::random_hex;
 use std::thread;
@@ -23,8 +23,18 @@ impl Database {
         let (name, password) = (format!("test_{}", &random_hex()[..12]), format!("{MARKER}{}", random_hex()));
         let client = server.connect("postgres").await?;
         client.batch_execute(&format!("CREATE ROLE {name} LOGIN PASSWORD '{password}'")).await?;
-        // Nobody can be connected to this template, so that many can be copied at once.
-        client.batch_execute(&format!("CREATE DATABASE {name} OWNER {name} TEMPLATE template0")).await?;
+        // Nobody is connected to either template, so that many can be copied at once.
+        let template = match hostile::folder() {
+            Some(_) => {
+                server.hostile.get_or_try_init(|| hostile::create_template(server)).await?;
+                hostile::TEMPLATE
+            }
+            None => "template0",
+        };
+        client.batch_execute(&format!("CREATE DATABASE {name} OWNER {name} TEMPLATE {template}")).await?;
+        if hostile::folder().is_some() {
+            client.batch_execute(&format!("ALTER DATABASE {name} SET search_path = evil, pg_catalog, public")).await?;
+        }
         let server_uri = server.superuser_uri("postgres");
         Ok(Database {
             user: name.clone(),

@@ -2,6 +2,7 @@
 
 mod binaries;
 mod database;
+pub mod hostile;
 
 pub use binaries::Binaries;
 pub use database::Database;
@@ -17,6 +18,7 @@ use nix::unistd::Pid;
 use std::process::Command;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+use tokio::sync::OnceCell;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::{Client, Config, NoTls};
 
@@ -60,6 +62,7 @@ pub struct PostgresServer {
     password: String,
     authority: Authority,
     stranger: Authority,
+    hostile: OnceCell<()>,
 }
 
 impl PostgresServer {
@@ -129,8 +132,9 @@ impl PostgresServer {
             Program { account, stop_signal: Signal::SIGINT, ..Program::new("postgres", bin.join("postgres")) };
         let program = program.arg("-D").arg(data);
         let version = binaries.version;
+        let hostile = OnceCell::new();
         let mut server =
-            PostgresServer { process: None, scratch, program, version, port, password, authority, stranger };
+            PostgresServer { process: None, scratch, program, version, port, password, authority, stranger, hostile };
         server.start_again().await?;
         Ok(server)
     }
@@ -152,6 +156,7 @@ impl PostgresServer {
             }
             sleep(Duration::from_millis(30)).await;
         }
+        hostile::keep_log(process.log())?;
         self.process = Some(process);
         Ok(())
     }
@@ -222,8 +227,17 @@ impl PostgresServer {
     }
 }
 
-/// Connects without TLS; the connection runs in the background until the client is dropped.
+/// Connects without TLS, with PostgreSQL's own `search_path`; the connection runs in the background until the client is dropped.
 pub(crate) async fn connect(uri: &str) -> anyhow::Result<Client> {
+    let client = connect_as_is(uri).await?;
+    if hostile::folder().is_some() {
+        client.batch_execute("SET search_path = \"$user\", public").await?;
+    }
+    Ok(client)
+}
+
+/// The same, with the `search_path` of the database.
+async fn connect_as_is(uri: &str) -> anyhow::Result<Client> {
     let mut config: Config = uri.parse()?;
     config.connect_timeout(Duration::from_secs(10));
     let (client, connection) = config.connect(NoTls).await?;
