@@ -31,6 +31,9 @@ const CONFLICTS: u32 = 5;
 /// A batch that found the table locked is tried again this often.
 const LOCKED: u32 = 3;
 
+/// The longest that the first question of a sweep may take.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// With less time than this for a statement the deadline counts as reached.
 const LEAST_TIME: Duration = Duration::from_millis(20);
 
@@ -202,10 +205,11 @@ impl Sweep<'_> {
     async fn ask_start(&mut self, start: Instant) -> Result<Start, Error> {
         let mut locked = 0;
         let answer = loop {
-            let limit = self.time_for_a_statement();
-            let sql = statement::start(self.plan, limit.unwrap_or(LEAST_TIME));
-            match self.session.query(Step::Cutoff, &sql, self.patience()).await {
-                Err(error) if error.recovery() == Recovery::Later && locked < LOCKED && limit.is_some() => {
+            // It reads the catalog alone, so `statementTimeout` does not bound it.
+            let limit = self.time_left().clamp(LEAST_TIME, START_TIMEOUT);
+            let sql = statement::start(self.plan, limit);
+            match self.session.query(Step::Cutoff, &sql, limit + GRACE).await {
+                Err(error) if error.recovery() == Recovery::Later && locked < LOCKED && limit > LEAST_TIME => {
                     locked += 1;
                     self.session.rollback().await;
                     pause(Duration::from_millis(500)).await;

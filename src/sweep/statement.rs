@@ -158,15 +158,13 @@ pub fn start(plan: &Plan, statement_timeout: Duration) -> String {
             OpenPredicate::Private.written(time_completed)
         )
     };
-    // Of the default operator class, as the order and the indexes of the column.
-    let operator = |strategy: u8| {
-        format!(
-            "(SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname) FROM key JOIN pg_opclass k ON k.opcintype = key.oid \
-             AND k.opcdefault JOIN pg_am m ON m.oid = k.opcmethod AND m.amname = 'btree' JOIN pg_amop s \
-             ON (s.amopfamily, s.amoplefttype, s.amoprighttype, s.amopstrategy) = (k.opcfamily, key.oid, key.oid, {strategy}) \
-             JOIN pg_operator o ON o.oid = s.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace WHERE key.typbasetype = 0)"
-        )
-    };
+    // Of the default operator class, as the order and the indexes of the column: 3 is "equal", 5 is "greater".
+    let operators = "(SELECT json_agg(format('OPERATOR(%I.%s)', n.nspname, o.oprname) ORDER BY s.amopstrategy) \
+        FROM key JOIN pg_opclass k ON k.opcintype = key.oid AND k.opcdefault \
+        JOIN pg_am m ON m.oid = k.opcmethod AND m.amname = 'btree' \
+        JOIN pg_amop s ON (s.amopfamily, s.amoplefttype, s.amoprighttype) = (k.opcfamily, key.oid, key.oid) \
+          AND s.amopstrategy IN (3, 5) \
+        JOIN pg_operator o ON o.oid = s.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace WHERE key.typbasetype = 0)";
     let select = format!(
         "WITH RECURSIVE root AS (SELECT c.oid, c.relkind FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
              WHERE n.nspname = {schema} AND c.relname = {table}), \
@@ -178,7 +176,7 @@ pub fn start(plan: &Plan, statement_timeout: Duration) -> String {
          SELECT to_char((now - interval '{timeout} milliseconds') AT TIME ZONE 'UTC', {ISO}), \
            to_char(now AT TIME ZONE 'UTC', {ISO}), \
            (SELECT {on_root} OR root.relkind = 'p' AND NOT EXISTS (SELECT FROM tree WHERE tree.relkind <> 'p' AND NOT {on_leaf}) \
-             FROM root), {equals}, {greater}, \
+             FROM root), {operators}, \
            (SELECT oid IN ('uuid'::regtype, 'int8'::regtype, 'int4'::regtype, 'int2'::regtype) FROM key WHERE typbasetype = 0) \
          FROM clock_timestamp() AS now",
         schema = literal(schema),
@@ -187,8 +185,6 @@ pub fn start(plan: &Plan, statement_timeout: Duration) -> String {
         timeout = plan.timeout.as_millis(),
         on_root = private("root"),
         on_leaf = private("tree"),
-        equals = operator(3),
-        greater = operator(5),
     );
     read_only(&select, statement_timeout)
 }
@@ -196,14 +192,16 @@ pub fn start(plan: &Plan, statement_timeout: Duration) -> String {
 /// Reads the answer of [`start`].
 pub fn read_start(answer: &[SimpleQueryMessage]) -> Option<Start> {
     let row = last_row(answer)?;
-    let operator = |index, default: &str| text(row, index).map_or_else(|| default.to_owned(), str::to_owned);
+    // A type without operators of its own has those of a type it is the same as, such as varchar and text.
+    let operators = text(row, 3).and_then(|json| serde_json::from_str(json).ok());
+    let [key_equals, key_greater] = operators.unwrap_or_else(|| [EQUALS, GREATER].map(str::to_owned));
     Some(Start {
         cutoff: text(row, 0)?.to_owned(),
         now: text(row, 1).and_then(read_time),
         predicate: if text(row, 2) == Some("t") { OpenPredicate::Private } else { OpenPredicate::Plain },
-        key_equals: operator(3, EQUALS),
-        key_greater: operator(4, GREATER),
-        key_is_shown: text(row, 5) == Some("t"),
+        key_is_shown: text(row, 4) == Some("t"),
+        key_equals,
+        key_greater,
     })
 }
 

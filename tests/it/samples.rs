@@ -253,7 +253,7 @@ async fn the_sql_can_be_run_again_and_says_what_is_missing() {
     }
     assert_eq!(missing().await, Vec::<String>::new());
 
-    let index = "a valid index of the incomplete rows by time and key";
+    let index = "a valid index of the open rows by time and key";
     let invalid =
         "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'audit_log_open_by_time_started'::regclass";
     admin.batch_execute(invalid).await.unwrap();

@@ -3,11 +3,9 @@
 use super::{PostgresServer, connect, hostile};
 use crate::leaks::MARKER;
 use crate::random_hex;
-use std::thread;
-use tokio::runtime::Builder;
 use tokio_postgres::Client;
 
-/// Dropped with the value, as far as that is possible.
+/// It goes with its server. DROP DATABASE would flush all that every other test has written (a checkpoint).
 pub struct Database {
     pub name: String,
     pub host: String,
@@ -15,7 +13,6 @@ pub struct Database {
     /// Owns the database, and is no superuser.
     pub user: String,
     pub password: String,
-    server: String,
 }
 
 impl Database {
@@ -35,15 +32,7 @@ impl Database {
         if hostile::folder().is_some() {
             client.batch_execute(&format!("ALTER DATABASE {name} SET search_path = evil, pg_catalog, public")).await?;
         }
-        let server_uri = server.superuser_uri("postgres");
-        Ok(Database {
-            user: name.clone(),
-            name,
-            host: "127.0.0.1".into(),
-            port: server.port(),
-            password,
-            server: server_uri,
-        })
+        Ok(Database { user: name.clone(), name, host: "127.0.0.1".into(), port: server.port(), password })
     }
 
     pub fn uri(&self) -> String {
@@ -54,20 +43,5 @@ impl Database {
     /// Connects as the owner, without TLS.
     pub async fn client(&self) -> anyhow::Result<Client> {
         connect(&self.uri()).await
-    }
-}
-
-impl Drop for Database {
-    /// In the background and without regret: the server's folder goes anyway, and this only saves space until then.
-    fn drop(&mut self) {
-        let (server, name) = (self.server.clone(), self.name.clone());
-        thread::spawn(move || {
-            let drop = async {
-                let client = connect(&server).await?;
-                client.batch_execute(&format!("DROP DATABASE {name} WITH (FORCE)")).await?;
-                anyhow::Ok(client.batch_execute(&format!("DROP ROLE {name}")).await?)
-            };
-            Builder::new_current_thread().enable_all().build()?.block_on(drop)
-        });
     }
 }
