@@ -160,17 +160,17 @@ async fn four_hundred_and_fifty_are_on_time_beside_fifty_that_are_broken_in_ten_
     operator.secret("no-port", &[("uri", &uri.replace(&format!(":{port}/"), ":1/"))]).await;
     operator.start_with(&[]).await;
 
-    let minute = |spec: Value| {
-        let mut whole = json!({ "period": "60s" });
+    let often = |spec: Value| {
+        let mut whole = json!({ "period": "40s" });
         whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
         whole
     };
     let mut specs: Vec<(String, Value)> = vec![];
     for number in 0..CROWD.1 {
-        specs.extend(broken().into_iter().map(|(name, spec, _)| (format!("{name}-{number}"), minute(spec))));
+        specs.extend(broken().into_iter().map(|(name, spec, _)| (format!("{name}-{number}"), often(spec))));
     }
     for number in 1..=CROWD.0 {
-        specs.push((format!("healthy-{number}"), minute(json!({ "table": format!("t_{number}") }))));
+        specs.push((format!("healthy-{number}"), often(json!({ "table": format!("t_{number}") }))));
     }
     let applied = specs.iter().map(|(name, spec)| operator.apply(name, spec.clone()));
     drop(stream::iter(applied).buffer_unordered(8).collect::<Vec<_>>().await);
@@ -193,7 +193,7 @@ async fn four_hundred_and_fifty_are_on_time_beside_fifty_that_are_broken_in_ten_
             }
             let (slot, start) = (at(&status, "lastScheduleTime"), at(&status, "lastAttemptTime"));
             if slot > settled {
-                assert_eq!(Grid::new(&uid, Duration::from_secs(60)).latest(slot), slot, "{name}: {status:#}");
+                assert_eq!(Grid::new(&uid, Duration::from_secs(40)).latest(slot), slot, "{name}: {status:#}");
                 late.entry(name).or_default().push(((start - slot).num_seconds(), status));
             }
         }

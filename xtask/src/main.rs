@@ -28,12 +28,15 @@ struct Cli {
 enum Task {
     /// Run all tests on a real API server and PostgreSQL, and see that nothing is left behind
     Test {
-        /// Run the database suite alone, on this major version of PostgreSQL (13 to 18)
-        #[arg(long, value_name = "MAJOR")]
-        postgres: Option<u32>,
-        /// Run the database suite alone, with every sweep through PgBouncer in transaction mode
+        /// Run the database suite alone, on these major versions of PostgreSQL (13 to 18), side by side
+        #[arg(long, value_name = "MAJOR", value_delimiter = ',')]
+        postgres: Vec<u32>,
+        /// Run the database suite alone, with every sweep through PgBouncer in transaction mode; also beside --postgres
         #[arg(long)]
         pgbouncer: bool,
+        /// Run it all so often, and stop at the first failure
+        #[arg(long, value_name = "TIMES", default_value_t = 1)]
+        repeat: u32,
         /// Run all but the database suite on this minor version of Kubernetes: 1.34, the oldest that is supported
         #[arg(long, value_name = "MINOR", conflicts_with_all = ["postgres", "pgbouncer"])]
         kubernetes: Option<String>,
@@ -97,8 +100,9 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Task::Test { postgres, pgbouncer, kubernetes, arguments } => {
-            test::run(postgres, pgbouncer, kubernetes.as_deref(), &arguments)
+        Task::Test { postgres, pgbouncer, kubernetes, repeat, arguments } => {
+            let kubernetes = kubernetes.as_deref();
+            test::run(&test::Options { postgres: &postgres, pgbouncer, kubernetes, repeat, arguments: &arguments })
         }
         Task::History { seconds, seed } => history::run(seconds, seed),
         Task::Image { name, profile, check } => {
