@@ -1,5 +1,6 @@
 //! What the numbers say: tables and verdicts of each section, made of its samples alone. Pure.
 
+use super::index::finding as index;
 use super::results::Samples;
 use super::stats::{Spread, number};
 use super::tables::{Bound, Finding, Table, Verdict};
@@ -20,11 +21,12 @@ pub fn of(section: &str, samples: &Samples) -> Finding {
         "foreground" => foreground(samples),
         "memory" => memory(samples),
         "controller" => controller(samples),
+        "index" => index(samples),
         _ => Finding::default(),
     }
 }
 
-fn shown(spread: Option<Spread>) -> String {
+pub fn shown(spread: Option<Spread>) -> String {
     spread.map_or_else(|| "-".into(), |spread| spread.to_string())
 }
 

@@ -3,7 +3,7 @@
 
 use anyhow::Context;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 use support::postgres::PostgresServer;
@@ -30,6 +30,24 @@ struct Connection {
     complete: Statement,
 }
 
+impl Connection {
+    async fn open(server: &PostgresServer, database: &str) -> anyhow::Result<Connection> {
+        let client = server.connect(database).await?;
+        let (start, complete) = (client.prepare(START).await?, client.prepare(COMPLETE).await?);
+        Ok(Connection { client, start, complete })
+    }
+
+    /// Makes one request. Its completion is due as soon as its row is there.
+    async fn request(&self, number: i64) -> anyhow::Result<Request> {
+        let due = Instant::now();
+        self.client.execute(&self.start, &[&number]).await?;
+        let started = Instant::now();
+        let changed = self.client.execute(&self.complete, &[&number]).await?;
+        anyhow::ensure!(changed == 1, "a row of a request was not there to be completed");
+        Ok(Request { due, started, complete_due: started, completed: Instant::now() })
+    }
+}
+
 /// Connections that are shared by turns.
 struct Pool {
     free: Mutex<Vec<Connection>>,
@@ -40,9 +58,7 @@ impl Pool {
     async fn new(server: &PostgresServer, database: &str) -> anyhow::Result<Arc<Pool>> {
         let mut free = vec![];
         for _ in 0..CONNECTIONS {
-            let client = server.connect(database).await?;
-            let (start, complete) = (client.prepare(START).await?, client.prepare(COMPLETE).await?);
-            free.push(Connection { client, start, complete });
+            free.push(Connection::open(server, database).await?);
         }
         Ok(Arc::new(Pool { free: Mutex::new(free), permits: Semaphore::new(CONNECTIONS) }))
     }
@@ -142,29 +158,47 @@ async fn serve(pool: Arc<Pool>, mut due: mpsc::UnboundedReceiver<(i64, Instant)>
     Ok(done)
 }
 
-/// How many requests a second are done when each connection makes the next as soon as it is done with one.
+/// Requests of connections that each make the next request as soon as the last one is done.
+pub struct Saturation {
+    pub began: Instant,
+    pub requests: Vec<Request>,
+}
+
+impl Saturation {
+    /// Opens the connections first, so that they take none of the time.
+    pub async fn run(
+        server: &PostgresServer,
+        database: &str,
+        connections: u8,
+        time: Duration,
+    ) -> anyhow::Result<Saturation> {
+        let mut open = vec![];
+        for _ in 0..connections {
+            open.push(Connection::open(server, database).await?);
+        }
+        let (mut running, mut requests) = (JoinSet::new(), vec![]);
+        let began = Instant::now();
+        for (index, connection) in (1_i64..).zip(open) {
+            running.spawn(async move {
+                // Numbers that no load has.
+                let mut numbers = (index << 40)..;
+                let mut done = vec![];
+                while let Some(number) = numbers.next().filter(|_| began.elapsed() < time) {
+                    done.push(connection.request(number).await?);
+                }
+                anyhow::Ok(done)
+            });
+        }
+        while let Some(done) = running.join_next().await {
+            requests.extend(done??);
+        }
+        Ok(Saturation { began, requests })
+    }
+}
+
+/// How many requests a second eight connections can make.
 pub async fn capacity(server: &PostgresServer, database: &str, time: Duration) -> anyhow::Result<f64> {
-    let pool = Pool::new(server, database).await?;
-    let (done, end) = (Arc::new(AtomicU64::new(0)), Instant::now() + time);
-    let mut running = JoinSet::new();
-    for connection in 0..8_i64 {
-        let (pool, done) = (pool.clone(), done.clone());
-        running.spawn(async move {
-            // Numbers that no load has.
-            let mut number = (connection + 1) << 40;
-            while Instant::now() < end {
-                pool.execute(|connection| &connection.start, number).await?;
-                pool.execute(|connection| &connection.complete, number).await?;
-                done.fetch_add(1, Ordering::SeqCst);
-                number += 1;
-            }
-            anyhow::Ok(())
-        });
-    }
-    while let Some(result) = running.join_next().await {
-        result??;
-    }
-    Ok(done.load(Ordering::SeqCst) as f64 / time.as_secs_f64())
+    Ok(Saturation::run(server, database, 8, time).await?.requests.len() as f64 / time.as_secs_f64())
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! `cargo xtask bench`: measures the sweep and the controller against what people would use instead, in the same run.
 //!
-//! `sweep` and `controller` measure, `results` keeps every run in a file, `findings` makes tables and verdicts of it, which are
-//! shown here and written into docs/performance.md by `cargo xtask generate`.
+//! `sweep`, `controller` and `index` measure. `results` keeps every run in a file. `findings` makes tables and verdicts of it.
+//! They are shown here and written into docs/performance.md by `cargo xtask generate`.
 
 mod controller;
 pub mod findings;
+mod index;
 mod load;
 mod machine;
 mod product;
@@ -35,6 +36,8 @@ pub enum Bench {
     Sweep(sweep::Options),
     /// The operator with many objects, on a real API server and PostgreSQL
     Controller(controller::Options),
+    /// What the sweep's index costs the application
+    Index(index::Options),
 }
 
 /// Where results go.
@@ -68,6 +71,7 @@ pub fn run(bench: &Bench) -> anyhow::Result<ExitCode> {
     match bench {
         Bench::Sweep(options) => sweep::run(options),
         Bench::Controller(options) => controller::run(options),
+        Bench::Index(options) => index::run(options),
     }
 }
 
@@ -96,7 +100,9 @@ fn conclude(path: &Path) -> anyhow::Result<ExitCode> {
             all.extend(finding.verdicts);
         }
         passed &= all.iter().all(tables::Verdict::passed);
-        print!("{}", tables::verdicts(&all).text());
+        if !all.is_empty() {
+            print!("{}", tables::verdicts(&all).text());
+        }
     }
     println!();
     for (what, value) in &results.machine {

@@ -102,14 +102,9 @@ impl<'server> Templates<'server> {
             self.make(layout).await?;
             self.made.insert(layout);
         }
-        let admin = self.server.connect("postgres").await?;
         let name = "run";
-        admin.batch_execute(&format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await?;
-        // Page by page through the log, the other way of 15 and later, leaves shared buffers and checkpoints as it happens.
-        let strategy = if major(self.server) >= 15 { "STRATEGY FILE_COPY" } else { "" };
-        let copied =
-            admin.batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {} {strategy}", layout.database())).await;
-        copied.context("the template cannot be copied")?;
+        copy_database(self.server, layout.database(), name).await?;
+        let admin = self.server.connect("postgres").await?;
         admin.batch_execute("CHECKPOINT").await?;
         let before = one(&admin, "SELECT txid_current()").await?;
         Ok(Copy { server: self.server, name, rows: self.rows + RECENT, stale: self.stale, before })
@@ -213,18 +208,38 @@ pub fn major(server: &PostgresServer) -> u32 {
     server.version().split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default()
 }
 
+/// Copies a database, and replaces the one of that name.
+pub async fn copy_database(server: &PostgresServer, template: &str, name: &str) -> anyhow::Result<()> {
+    let admin = server.connect("postgres").await?;
+    admin.batch_execute(&format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await?;
+    // Page by page through the log, the other way of 15 and later, leaves shared buffers and checkpoints as it happens.
+    let strategy = if major(server) >= 15 { "STRATEGY FILE_COPY" } else { "" };
+    let copied = admin.batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {template} {strategy}")).await;
+    copied.context("the template cannot be copied")
+}
+
 /// A database with the table and the index that users get, and no rows; made anew if it was there.
 pub async fn empty(server: &PostgresServer, name: &str) -> anyhow::Result<Client> {
+    let client = without_index(server, name).await?;
+    execute_file(&client, "index.sql").await?;
+    Ok(client)
+}
+
+/// The same, before its users made the index of the sweep.
+pub async fn without_index(server: &PostgresServer, name: &str) -> anyhow::Result<Client> {
     let admin = server.connect("postgres").await?;
     admin.batch_execute(&format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await?;
     server.create_database(name).await?;
     let client = server.connect(name).await?;
-    for file in ["table.sql", "index.sql"] {
-        let file = format!("manifests/sql/{file}");
-        let sql = fs::read_to_string(root().join(&file)).with_context(|| format!("{file} cannot be read"))?;
-        client.batch_execute(&sql).await.with_context(|| format!("{file} failed"))?;
-    }
+    execute_file(&client, "table.sql").await?;
     Ok(client)
+}
+
+/// Executes a file that users get.
+pub async fn execute_file(client: &Client, file: &str) -> anyhow::Result<()> {
+    let file = format!("manifests/sql/{file}");
+    let sql = fs::read_to_string(root().join(&file)).with_context(|| format!("{file} cannot be read"))?;
+    client.batch_execute(&sql).await.with_context(|| format!("{file} failed"))
 }
 
 /// Rows that are complete, as many as wanted; older ones first.

@@ -7,9 +7,41 @@ use crate::root;
 
 pub const DOCUMENT: &str = "docs/performance.md";
 
-/// What `cargo xtask bench ... --output` wrote.
-const SWEEP: &str = "docs/performance/sweep.json";
-const CONTROLLER: &str = "docs/performance/controller.json";
+/// What `cargo xtask bench ... --output` wrote, and what the document says of it. What was not measured is left out.
+struct Chapter {
+    file: &'static str,
+    title: &'static str,
+    about: &'static str,
+    /// Measures it again.
+    command: &'static str,
+}
+
+const CHAPTERS: [Chapter; 3] = [
+    Chapter {
+        file: "docs/performance/sweep.json",
+        title: "The sweep",
+        about: ABOUT_SWEEP,
+        command: "\
+$ cargo xtask bench sweep --afresh --output docs/performance/sweep.json             # half an hour each; without --afresh it goes on where it stopped
+",
+    },
+    Chapter {
+        file: "docs/performance/index.json",
+        title: "The application's requests",
+        about: ABOUT_INDEX,
+        command: "\
+$ cargo xtask bench index --afresh --output docs/performance/index.json             # seven minutes each
+",
+    },
+    Chapter {
+        file: "docs/performance/controller.json",
+        title: "The operator",
+        about: ABOUT_CONTROLLER,
+        command: "\
+$ cargo xtask bench controller --afresh --output docs/performance/controller.json   # twenty minutes
+",
+    },
+];
 
 const HEAD: &str = "\
 # Performance
@@ -20,8 +52,9 @@ machine that does nothing else:
 
 <!-- not run: it takes half an hour for each PostgreSQL -->
 ```console
-$ cargo xtask bench sweep --afresh --output docs/performance/sweep.json             # half an hour each; without --afresh it goes on where it stopped
-$ cargo xtask bench controller --afresh --output docs/performance/controller.json   # twenty minutes
+";
+
+const AFTER_COMMANDS: &str = "\
 $ cargo xtask generate
 ```
 
@@ -51,6 +84,19 @@ than the drain. So each request is held up much less, but some are for much long
 rest goes in ever larger batches, which requests feel as they feel other loops.
 ";
 
+const ABOUT_INDEX: &str = "\
+The application inserts a row and then completes it by `id` and `time_completed IS NULL`. Each statement is prepared and is a
+transaction of its own. Each connection makes the next request as soon as the last one is done, for three successive
+intervals. The table shows the third interval, and the file holds all three.
+
+The plain index is `(time_started, id) WHERE time_completed IS NULL`. The private index is that of
+[`index.sql`](../manifests/sql/index.sql). Every run has a fresh copy of the same complete rows, and ANALYZE runs when no row
+is open. *Healthy* means that no row is stale. *Crash* means that stale rows are inserted after the ANALYZE, so the statistics
+are from before the backlog. No sweep runs. Autovacuum is switched for the table, and its naptime is 5 s.
+
+The application and the server share the machine's cores. The server's settings are those of the sweep's tables.
+";
+
 const ABOUT_CONTROLLER: &str = "\
 One run: 10,000 objects with a period of 10 minutes ask for 16.7 sweeps a second, which is what `steady` shows. At the first
 start a new object gets its first status, is then checked, and is swept at its slot. Before the restart every object was
@@ -63,16 +109,20 @@ share the machine, and etcd does not wait for its disk. For comparison, tried on
 
 /// The document. None: nothing is kept.
 pub fn document() -> anyhow::Result<Option<String>> {
-    let mut text = HEAD.to_owned();
-    let mut found = false;
-    for (file, title, about) in [(SWEEP, "The sweep", ABOUT_SWEEP), (CONTROLLER, "The operator", ABOUT_CONTROLLER)] {
-        let path = root().join(file);
-        if path.exists() {
-            found = true;
-            text.push_str(&chapter(title, about, &results::read(&path)?));
-        }
+    let measured: Vec<&Chapter> = CHAPTERS.iter().filter(|chapter| root().join(chapter.file).exists()).collect();
+    if measured.is_empty() {
+        return Ok(None);
     }
-    Ok(found.then_some(text))
+    let mut text = head(&measured);
+    for Chapter { file, title, about, .. } in measured {
+        text.push_str(&chapter(title, about, &results::read(&root().join(file))?));
+    }
+    Ok(Some(text))
+}
+
+fn head(measured: &[&Chapter]) -> String {
+    let commands: String = measured.iter().map(|chapter| chapter.command).collect();
+    format!("{HEAD}{commands}{AFTER_COMMANDS}")
 }
 
 fn chapter(title: &str, about: &str, results: &Results) -> String {
@@ -85,7 +135,8 @@ fn chapter(title: &str, about: &str, results: &Results) -> String {
         let findings: Vec<_> = parts.iter().map(|(section, part)| findings::of(section, &part.samples)).collect();
         let all: Vec<_> = findings.iter().flat_map(|finding| finding.verdicts.clone()).collect();
         let tables = findings.iter().flat_map(|finding| &finding.tables);
-        for table in [verdicts(&all)].iter().chain(tables) {
+        let verdicts = (!all.is_empty()).then(|| verdicts(&all));
+        for table in verdicts.iter().chain(tables) {
             text.push_str(&format!("\n{}", table.markdown()));
         }
         let options: Vec<String> =
@@ -118,5 +169,30 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line}: {text}");
         }
         assert!(text.contains("| statistics: the best of the worst | - | at most 1.5 | | FAIL |"), "{text}");
+    }
+
+    #[test]
+    fn the_head_has_the_commands_of_what_was_measured() {
+        let head =
+            |files: &[&str]| head(&CHAPTERS.iter().filter(|chapter| files.contains(&chapter.file)).collect::<Vec<_>>());
+        let found = head(&["docs/performance/sweep.json", "docs/performance/controller.json"]);
+        let commands: Vec<&str> = found.lines().filter(|line| line.starts_with("$ cargo xtask")).collect();
+        assert!(commands[0].contains("bench sweep --afresh --output docs/performance/sweep.json"), "{found}");
+        assert!(commands[1].contains("bench controller --afresh --output docs/performance/controller.json"), "{found}");
+        assert_eq!(commands[2..], ["$ cargo xtask generate"]);
+        assert!(head(&["docs/performance/index.json"]).contains("bench index --afresh"));
+    }
+
+    #[test]
+    fn a_chapter_without_a_claim_has_no_table_of_verdicts() {
+        let values = [("rate 3", 4000.0), ("complete p99 3", 1.5)];
+        let samples = Samples(vec![Sample::new("healthy, autovacuum off", "no index", 0, values)]);
+        let part = Part { options: serde_json::json!({ "rows": 9 }), seconds: 1.0, samples };
+        let servers = BTreeMap::from([("PostgreSQL 15".to_owned(), BTreeMap::from([("index".to_owned(), part)]))]);
+        let text = chapter("The application's requests", "About.", &Results { machine: BTreeMap::new(), servers });
+        assert!(text.starts_with("\n## The application's requests\n"), "{text}");
+        assert!(text.contains("\n### The application's requests: PostgreSQL 15\n"), "{text}");
+        assert!(text.contains("\n| healthy, autovacuum off | 4 000 | - | - | - | - | 1.50 | - | - |\n"), "{text}");
+        assert!(!text.contains("What was asked"), "{text}");
     }
 }

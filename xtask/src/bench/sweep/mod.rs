@@ -148,7 +148,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
 }
 
 /// As large as a small production server's; nothing that happens by itself unless a section asks for it.
-fn settings(binaries: Binaries) -> PostgresOptions {
+pub fn settings(binaries: Binaries) -> PostgresOptions {
     let settings = [
         ("shared_buffers", "'1GB'"),
         ("max_wal_size", "'16GB'"),
@@ -193,7 +193,7 @@ impl<'a> Bench<'a> {
 }
 
 /// The order of a round: another begins in each.
-fn rotated<T: Clone>(subjects: &[T], round: u32) -> Vec<T> {
+pub fn rotated<T: Clone>(subjects: &[T], round: u32) -> Vec<T> {
     let mut subjects = subjects.to_vec();
     let by = (round as usize).checked_rem(subjects.len()).unwrap_or_default();
     subjects.rotate_left(by);
