@@ -157,7 +157,8 @@ async fn nothing_is_changed_and_no_row_is_locked() {
         let mut all = vec![];
         for rows in [
             "audit_log",
-            "pg_class",
+            // Without what vacuum and analyze write in place.
+            "(SELECT oid, relname, relnamespace, relowner, relkind, relhasindex, relchecks, relacl, reloptions, xmin, xmax, ctid FROM pg_class)",
             "pg_attribute",
             "pg_index",
             "pg_constraint",
