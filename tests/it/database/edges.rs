@@ -240,8 +240,8 @@ async fn a_sweep_gives_way_to_others_who_write_for_a_while_and_leaves_nothing_un
         assert_eq!(report.timed_out, rows, "{report:?}");
     }
     assert_eq!(log.timed_out().await, (1..=12_000).collect::<Vec<_>>());
-    // Nearly all rows but those of the first two batches go in batches of ten, unless the machine kept the others from writing.
-    assert!(whole.small_batches > 80, "{whole:?}");
+    // All but the first two batches, unless a busy machine keeps the others from writing between two of them.
+    assert!(whole.small_batches > 20, "{whole:?}");
     assert_eq!((waited_for.small_batches, waited_for.batches), (0, 10), "{waited_for:?}");
     assert!(short.small_batches > 5 && short.batches - short.small_batches > 10, "{short:?}");
 }
