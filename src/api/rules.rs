@@ -4,6 +4,7 @@
 use std::sync::LazyLock;
 
 use kube_cel::CompiledSchema;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{AuditLogSweeper, AuditLogSweeperSpec, crd};
@@ -48,7 +49,7 @@ pub fn judge_spec(spec: &AuditLogSweeperSpec) -> Vec<String> {
 ///
 /// # Errors
 /// What is wrong with the object: its unknown spec fields, or the first field that cannot be read.
-pub fn parse(object: Value) -> Result<AuditLogSweeper, String> {
+pub fn parse(object: &Value) -> Result<AuditLogSweeper, String> {
     let mut unknown = vec![];
     if let (Some(schema), Some(spec)) = (RULES.schema.pointer("/properties/spec"), object.get("spec")) {
         unknown_fields(schema, spec, "spec", &mut unknown);
@@ -60,7 +61,7 @@ pub fn parse(object: Value) -> Result<AuditLogSweeper, String> {
             unknown.join(", ")
         ));
     }
-    serde_json::from_value(object).map_err(|error| error.to_string())
+    AuditLogSweeper::deserialize(object).map_err(|error| error.to_string())
 }
 
 /// The paths of the fields that the schema does not name.

@@ -72,7 +72,8 @@ pub enum FetchError {
 /// When one of them is not there, not readable for the user, or not right.
 pub async fn fetch(cluster: &Cluster, name: &str, args: &Source) -> Result<Input, FetchError> {
     let object = cluster.get(name).await.map_err(FetchError::Cluster)?;
-    let sweeper = serde_json::to_value(object).map_err(|error| error.to_string()).and_then(rules::parse);
+    let sweeper =
+        serde_json::to_value(object).map_err(|error| error.to_string()).and_then(|object| rules::parse(&object));
     let sweeper = sweeper.map_err(|error| {
         FetchError::Found(Reason::InvalidSpec, format!("the object is not a valid AuditLogSweeper: {error}"))
     })?;

@@ -17,13 +17,13 @@ pub struct Fetched(pub Result<AuditLogSweeper, InvalidObject>);
 impl<'de> Deserialize<'de> for Fetched {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let raw = Value::deserialize(deserializer)?;
-        let metadata = raw.get("metadata").cloned().unwrap_or_default();
-        Ok(Self(match rules::parse(raw) {
+        Ok(Self(match rules::parse(&raw) {
             Ok(object) => Ok(object),
-            Err(error) => Err(InvalidObject {
-                error,
-                metadata: serde_json::from_value::<ObjectMeta>(metadata).map_err(D::Error::custom)?,
-            }),
+            Err(error) => {
+                let metadata = raw.get("metadata").unwrap_or(&Value::Null);
+                let metadata = ObjectMeta::deserialize(metadata).map_err(D::Error::custom)?;
+                Err(InvalidObject { error, metadata })
+            }
         }))
     }
 }

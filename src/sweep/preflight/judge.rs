@@ -495,15 +495,7 @@ mod tests {
     #[test]
     fn a_seq_scan_is_no_news_where_the_index_is_missing_and_not_excused_by_a_warning() {
         let steps = ["Update on audit_log t".to_owned(), "  ->  Seq Scan on audit_log".to_owned()];
-        let facts = Catalog {
-            schema: None,
-            similar: vec![],
-            table: None,
-            tree: vec![],
-            taken: vec![],
-            schemas: vec![],
-            autovacuum: true,
-        };
+        let facts = nothing();
         for (severity, findings) in [(None, 1), (Some(NotReady), 1), (Some(Warning), 2)] {
             let mut checked = Checked::default();
             if let Some(severity) = severity {
