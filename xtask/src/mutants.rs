@@ -138,8 +138,11 @@ fn passes(copy: &Path, tests: &[&str]) -> anyhow::Result<bool> {
         cargo.current_dir(copy).env("CARGO_TARGET_DIR", root().join("target"));
         cargo
     };
-    output(cargo().args(["test", "--quiet", "--locked", "--no-run", "--lib", "--test", "it"]))?;
-    let run = cargo().args(["test", "--locked", "--no-fail-fast", "--lib", "--test", "it", "--"]).args(tests).output();
+    output(cargo().args(["test", "--quiet", "--locked", "--no-run", "--workspace", "--lib", "--test", "it"]))?;
+    let run = cargo()
+        .args(["test", "--locked", "--no-fail-fast", "--workspace", "--lib", "--test", "it", "--"])
+        .args(tests)
+        .output();
     let run = run.context("cargo cannot be started")?;
     // A name that no test has would pass.
     let ran = String::from_utf8_lossy(&run.stdout).matches("\ntest ").count();

@@ -113,7 +113,9 @@ impl PostgresServer {
             // The path of a socket may have about 100 bytes, and temporary folders can be longer.
             ("unix_socket_directories".into(), "''".into()),
             ("max_connections".into(), "200".into()),
-            ("shared_buffers".into(), "'64MB'".into()),
+            ("shared_buffers".into(), "'256MB'".into()),
+            // Each of hundreds of databases would be visited every minute.
+            ("autovacuum_naptime".into(), "'1h'".into()),
             ("fsync".into(), options.fsync.to_string()),
             ("ssl".into(), "on".into()),
         ];
