@@ -67,8 +67,8 @@ async fn a_stop_while_connecting_keeps_the_slot() {
 async fn a_batch_too_large_for_the_deadline_shrinks_until_it_fits() {
     let log = Log::new().await;
     log.start_many(500).await;
-    log.before_update("PERFORM pg_sleep(0.005);").await;
-    let report = log.sweep(json!({ "batchSize": 500, "deadline": "2s", "statementTimeout": "2s" })).await;
+    log.before_update("PERFORM pg_sleep(0.02);").await;
+    let report = log.sweep(json!({ "batchSize": 500, "deadline": "6s", "statementTimeout": "6s" })).await;
     assert_eq!(report.outcome(), Outcome::DeadlineReached, "{report:?}");
     let swept: Vec<u32> = (1..=u32::try_from(report.timed_out).unwrap()).collect();
     assert!(report.timed_out > 0 && report.skipped == 0, "{report:?}");

@@ -36,6 +36,9 @@ rules:
   - level: None
 ";
 
+/// Other tests may keep the machine busy meanwhile.
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(120);
+
 /// The one that the tests of this process share. It cannot be stopped: who wants that starts one of its own.
 pub fn shared() -> &'static ControlPlane {
     static SHARED: OnceLock<Result<ControlPlane, String>> = OnceLock::new();
@@ -149,7 +152,7 @@ impl ControlPlane {
     pub async fn restart_etcd(&mut self) -> anyhow::Result<()> {
         self.etcd = None;
         self.etcd = Some(self.etcd_program.start(&self.scratch)?);
-        let (client, end) = (self.client().await?, Instant::now() + Duration::from_secs(60));
+        let (client, end) = (self.client().await?, Instant::now() + STARTUP_TIMEOUT);
         while let Err(error) = ready(&client).await {
             if Instant::now() > end {
                 return Err(error.context("kube-apiserver does not find etcd again"));
@@ -162,7 +165,7 @@ impl ControlPlane {
     /// Starts it on the same port as before and waits until it is ready.
     pub async fn start_api_server(&mut self) -> anyhow::Result<()> {
         let mut process = self.program.start(&self.scratch)?;
-        let (client, end) = (self.client().await?, Instant::now() + Duration::from_secs(60));
+        let (client, end) = (self.client().await?, Instant::now() + STARTUP_TIMEOUT);
         while let Err(error) = ready(&client).await {
             process.check()?;
             if let Some(etcd) = &mut self.etcd {
@@ -170,7 +173,7 @@ impl ControlPlane {
             }
             if Instant::now() > end {
                 return Err(error.context(format!(
-                    "kube-apiserver is not ready after a minute; its log:\n{}",
+                    "kube-apiserver is not ready after {STARTUP_TIMEOUT:?}; its log:\n{}",
                     process.log_tail(20)
                 )));
             }
