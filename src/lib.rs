@@ -8,6 +8,8 @@ pub mod api;
 pub mod cli;
 pub mod controller;
 pub mod credentials;
+pub mod database;
+pub mod preflight;
 pub mod schedule;
 pub mod sweep;
 pub mod telemetry;

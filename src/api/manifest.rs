@@ -4,7 +4,7 @@
 use k8s_openapi::api::core::v1::Secret;
 use serde_json::Value;
 
-use super::{AuditLogSweeper, rules};
+use super::{AuditLogSweeper, validate};
 
 /// What a file held.
 #[derive(Debug)]
@@ -86,7 +86,7 @@ fn validate(object: &Value) -> Result<AuditLogSweeper, ManifestError> {
     if object.pointer("/metadata/name").and_then(Value::as_str).is_none_or(str::is_empty) {
         errors.push("metadata.name: Required value: name is required".into());
     }
-    errors.extend(rules::judge(&mut object));
+    errors.extend(validate::judge(&mut object));
     if !errors.is_empty() {
         return Err(ManifestError::Invalid(errors));
     }

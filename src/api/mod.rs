@@ -1,15 +1,15 @@
 //! The resource `AuditLogSweeper`: what users write, what they read, and the CRD made from both.
 
 pub mod advice;
-pub mod conditions;
+pub mod condition;
 pub mod crd;
 pub mod duration;
 pub mod manifest;
-pub mod rules;
 pub mod spec;
 pub mod status;
+pub mod validate;
 
-pub use conditions::{Condition, ConditionType, Reason, Verdict};
+pub use condition::{Condition, ConditionType, ConditionUpdate, Reason};
 pub use duration::Duration;
 pub use spec::{AuditLogSweeper, AuditLogSweeperSpec};
 pub use status::AuditLogSweeperStatus;

@@ -1,4 +1,4 @@
-//! `audit-log-sweeper check`: looks whether a sweep could run, and prints what mends what it finds.
+//! `audit-log-sweeper check`: looks whether a sweep could run, and prints what fixes what it finds.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,7 +10,7 @@ use super::cluster::{self, Cluster, ClusterArgs};
 use super::input::{self, FetchError, Input, Source};
 use super::{Output, complain, note, print, refuse, respond};
 use crate::api::Reason;
-use crate::sweep::preflight::{self, Checked, Finding, Fix, Part, Severity, Subject};
+use crate::preflight::{self, Checked, Finding, Fix, Part, Severity, Subject};
 use crate::telemetry::{LogFormat, start_logs};
 
 /// What may be otherwise where the operator runs.
@@ -103,7 +103,7 @@ fn json_finding(finding: &Finding) -> Value {
         "reason": finding.reason.as_str(),
         "message": finding.message,
         "fix": finding.fix.as_ref().map(|fix| match fix {
-            Fix::Sql { around, parts } => json!({ "dropFirst": around, "steps": parts.iter().map(json_part).collect::<Vec<_>>() }),
+            Fix::Sql { drop_first, parts } => json!({ "dropFirst": drop_first, "steps": parts.iter().map(json_part).collect::<Vec<_>>() }),
             Fix::Field(field) => json!({ "field": field }),
         }),
     })
@@ -114,7 +114,7 @@ fn json_part(part: &Part) -> Value {
     json!({ "role": part.run_as.role(), "runAs": part.run_as.to_string(), "sql": part.statements })
 }
 
-/// A line for each thing looked at; then what mends each finding. What follows these lines is SQL, ready to paste.
+/// A line for each thing looked at; then what fixes each finding. What follows these lines is SQL, ready to paste.
 fn text_report(checked: &Checked) -> String {
     let (mut lines, mut unseen) = (vec![], vec![]);
     for subject in [Subject::Connection].into_iter().chain(Subject::LOOKED_AT) {
@@ -147,12 +147,12 @@ fn text_report(checked: &Checked) -> String {
     for finding in &checked.findings {
         let head = format!("\n-- {} ({})", finding.reason.as_str(), finding.subject);
         match &finding.fix {
-            Some(Fix::Sql { around, parts }) => {
-                let by_itself = around.is_empty();
+            Some(Fix::Sql { drop_first, parts }) => {
+                let by_itself = drop_first.is_empty();
                 let mut lead = format!("{head}:");
                 if !by_itself {
                     lines.push(format!("{lead} does not run as it is. First drop this, and make it again after:"));
-                    lines.extend(around.iter().map(|dependant| format!("--   {}", one_line(dependant))));
+                    lines.extend(drop_first.iter().map(|dependant| format!("--   {}", one_line(dependant))));
                     lead = "-- in between".into();
                 }
                 for part in parts {

@@ -14,7 +14,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::api::AuditLogSweeper;
-use crate::sweep::error::chain;
+use crate::database::error::chain;
 
 /// The longest that one request may take.
 const TIMEOUT: Duration = Duration::from_secs(15);

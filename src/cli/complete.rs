@@ -14,7 +14,7 @@ use super::cluster::{Cluster, ClusterArgs};
 use super::print;
 
 /// Nobody waits longer for a completion.
-const PATIENCE: Duration = Duration::from_secs(3);
+const API_TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Args)]
 pub struct Completions {
@@ -57,7 +57,7 @@ pub async fn answer(command: &Command, words: &[OsString]) -> ExitCode {
             let args = ClusterArgs { namespace, context, kubeconfig: kubeconfig.map(Into::into) };
             let names = async { Cluster::connect(&args).await?.list(false).await };
             // Whatever is wrong, a completion is no place to tell of it.
-            let objects = timeout(PATIENCE, names).await.ok().and_then(Result::ok).unwrap_or_default();
+            let objects = timeout(API_TIMEOUT, names).await.ok().and_then(Result::ok).unwrap_or_default();
             (objects.iter().map(|object| (object.name_any(), String::new())).collect(), 4)
         }
     };

@@ -11,9 +11,10 @@ use kube::ResourceExt;
 use super::cluster::{Cluster, ClusterError};
 use super::{Output, default_roots};
 use crate::api::manifest::{self, Manifest};
-use crate::api::{AuditLogSweeper, Reason, rules};
+use crate::api::{AuditLogSweeper, Reason, validate};
 use crate::credentials::{self, ConnectionUri, Credentials, CredentialsError, SecretData};
-use crate::sweep::{Plan, Target};
+use crate::database::Target;
+use crate::sweep::Plan;
 use crate::telemetry::LogLevel;
 
 /// How the database is found without its Secret, and how to tell of it.
@@ -73,7 +74,7 @@ pub enum FetchError {
 pub async fn fetch(cluster: &Cluster, name: &str, args: &Source) -> Result<Input, FetchError> {
     let object = cluster.get(name).await.map_err(FetchError::Cluster)?;
     let sweeper =
-        serde_json::to_value(object).map_err(|error| error.to_string()).and_then(|object| rules::parse(&object));
+        serde_json::to_value(object).map_err(|error| error.to_string()).and_then(|object| validate::parse(&object));
     let sweeper = sweeper.map_err(|error| {
         FetchError::Found(Reason::InvalidSpec, format!("the object is not a valid AuditLogSweeper: {error}"))
     })?;
@@ -90,7 +91,8 @@ pub async fn fetch(cluster: &Cluster, name: &str, args: &Source) -> Result<Input
     }
     resolve(&sweeper, &cluster.namespace, &secrets, url).map_err(|error| {
         let credentials = error.downcast_ref::<CredentialsError>().map(CredentialsError::reason);
-        match credentials.or_else(|| error.downcast_ref::<crate::sweep::Error>().map(crate::sweep::Error::reason)) {
+        match credentials.or_else(|| error.downcast_ref::<crate::database::Error>().map(crate::database::Error::reason))
+        {
             // It stands on the command line, and not in the object's Secret.
             Some(Reason::InvalidConnectionURI) if args.database_url.is_some() => FetchError::Input(error),
             Some(reason) => FetchError::Found(reason, format!("{error:#}")),

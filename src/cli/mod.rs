@@ -193,5 +193,5 @@ fn default_roots() -> anyhow::Result<Arc<rustls::RootCertStore>> {
         .filter(|path| !path.is_empty())
         .map(|path| std::fs::read(&path).with_context(|| format!("cannot read SSL_CERT_FILE {}", path.display())))
         .transpose()?;
-    crate::sweep::tls::default_roots(pem.as_deref()).map(Arc::new).context("SSL_CERT_FILE")
+    crate::database::tls::default_roots(pem.as_deref()).map(Arc::new).context("SSL_CERT_FILE")
 }

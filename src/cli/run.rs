@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::cluster::choose_proxy;
 use super::{default_roots, stop_signal};
 use crate::api;
-use crate::controller::lease::{self, Leadership, LeaseSettings};
+use crate::controller::leader::{self, Leadership, LeaseSettings};
 use crate::controller::{self, Clients, Settings};
 use crate::schedule::hash;
 use crate::telemetry::http::{self, Readiness};
@@ -99,7 +99,7 @@ fn is_label(text: &str) -> bool {
 fn lease_duration(text: &str) -> Result<Duration, String> {
     let duration = text.parse::<api::Duration>().map_err(|error| error.to_string())?.as_std();
     let seconds = Duration::from_secs(duration.as_secs());
-    let fits = seconds == duration && seconds >= Duration::from_secs(1) && seconds <= lease::LONGEST;
+    let fits = seconds == duration && seconds >= Duration::from_secs(1) && seconds <= leader::LONGEST;
     if fits { Ok(duration) } else { Err("must be whole seconds, from 1s to 1h".into()) }
 }
 
@@ -187,12 +187,12 @@ async fn operate(args: Run) -> anyhow::Result<()> {
     let health = tokio::spawn(http::serve(listener, readiness.clone(), metrics.clone(), stop.clone()));
     let ended = CancellationToken::new();
     let (election, leadership) = if leader_elect {
-        readiness.set(lease::PART, Some(format!("the first look at Lease {}/{}", lease.namespace, lease.name)));
+        readiness.set(leader::PART, Some(format!("the first look at Lease {}/{}", lease.namespace, lease.name)));
         let (sender, leadership) = Leadership::elected();
         let (readiness, stop, ended) = (readiness.clone(), stop.clone(), ended.clone());
         let instruments = metrics.instruments.clone();
         (
-            tokio::spawn(lease::elect(clients.requests.clone(), lease, sender, readiness, instruments, stop, ended)),
+            tokio::spawn(leader::elect(clients.requests.clone(), lease, sender, readiness, instruments, stop, ended)),
             leadership,
         )
     } else {
@@ -205,7 +205,7 @@ async fn operate(args: Run) -> anyhow::Result<()> {
     let mut tasks = Tasks { signals, health, election, controller };
     tasks.until_stopped(&stop).await?;
     tracing::info!("stopping");
-    tasks.wind_up(&ended).await
+    tasks.drain(&ended).await
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::cluster::{self, Cluster, ClusterArgs, ClusterError};
-use super::status::Seen;
+use super::status::ObjectView;
 use super::{Output, refuse, respond, show};
 
 #[derive(Debug, Args)]
@@ -35,15 +35,15 @@ pub async fn suspend(args: Suspend, suspend: bool) -> ExitCode {
     }
 }
 
-async fn set(args: &Suspend, suspend: bool) -> Result<(Seen, bool), ClusterError> {
+async fn set(args: &Suspend, suspend: bool) -> Result<(ObjectView, bool), ClusterError> {
     let cluster = Cluster::connect(&args.cluster).await?;
-    let found = Seen::from(&cluster.get(&args.name).await?);
+    let found = ObjectView::from(&cluster.get(&args.name).await?);
     // Of a spec that cannot be read nothing is known.
     if found.spec.is_ok() && found.suspend() == suspend {
         return Ok((found, false));
     }
     let patched = cluster.patch(&args.name, &json!({ "spec": { "suspend": suspend } })).await?;
-    Ok((Seen::from(&patched), true))
+    Ok((ObjectView::from(&patched), true))
 }
 
 fn sentence(namespace: &str, name: &str, suspend: bool, changed: bool) -> String {

@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
 use super::cluster::{self, Cluster, ClusterArgs, ClusterError};
-use super::status::{Seen, count, plain};
+use super::status::{ObjectView, count, plain};
 use super::{Output, note, refuse, respond, show};
 use crate::api::Reason;
-use crate::api::conditions::{self, Condition, ConditionType};
+use crate::api::condition::{self, Condition, ConditionType};
 use crate::api::status::Outcome;
 use crate::api::{self, AuditLogSweeperStatus};
-use crate::controller::outcome::REQUESTED_AT;
+use crate::controller::status::REQUESTED_AT;
 
 /// How often the answer is looked for.
 const LOOK: Duration = Duration::from_millis(500);
@@ -101,26 +101,31 @@ fn token(now: DateTime<Utc>) -> String {
     format!("{}-{:08x}", now.to_rfc3339_opts(SecondsFormat::Secs, true), fastrand::u32(..))
 }
 
-async fn request(args: &SweepNow, token: &str) -> Result<(Seen, Answer), ClusterError> {
+async fn request(args: &SweepNow, token: &str) -> Result<(ObjectView, Answer), ClusterError> {
     let cluster = Cluster::connect(&args.cluster).await?;
     let patch = json!({ "metadata": { "annotations": { REQUESTED_AT: token } } });
-    let seen = Seen::from(&cluster.patch(&args.name, &patch).await?);
+    let seen = ObjectView::from(&cluster.patch(&args.name, &patch).await?);
     if !args.wait {
         let answer = if seen.suspend() { Answer::Suspended } else { Answer::Requested };
         return Ok((seen, answer));
     }
     let deadline = seen.spec.as_ref().map_or(Duration::ZERO, |spec| spec.deadline.as_std());
-    let patience = args.timeout.map_or(deadline + GRACE, api::Duration::as_std);
+    let wait_timeout = args.timeout.map_or(deadline + GRACE, api::Duration::as_std);
     note(&format!("asked for a sweep of {} in namespace {}", seen.name, seen.namespace));
-    wait(&cluster, &args.name, token, patience).await
+    wait(&cluster, &args.name, token, wait_timeout).await
 }
 
 /// Looks until there is an answer, and tells now and then that there is none.
-async fn wait(cluster: &Cluster, name: &str, token: &str, patience: Duration) -> Result<(Seen, Answer), ClusterError> {
+async fn wait(
+    cluster: &Cluster,
+    name: &str,
+    token: &str,
+    wait_timeout: Duration,
+) -> Result<(ObjectView, Answer), ClusterError> {
     let began = Instant::now();
     let mut told = Duration::ZERO;
     loop {
-        let looked = cluster.get(name).await.map(|object| Seen::from(&object));
+        let looked = cluster.get(name).await.map(|object| ObjectView::from(&object));
         if let Ok(seen) = &looked
             && let Some(answer) = answer(token, seen)
         {
@@ -133,28 +138,28 @@ async fn wait(cluster: &Cluster, name: &str, token: &str, patience: Duration) ->
             Err(error) if !error.may_pass() => return Err(error),
             looked => looked,
         };
-        if waited >= patience {
+        if waited >= wait_timeout {
             return looked.map(|seen| (seen, Answer::None));
         }
         if waited - told >= TELL {
             told = waited;
             let who = if looked.is_ok() { "operator" } else { "API server" };
-            note(&format!("waiting for the {who}, {} s of at most {} s", waited.as_secs(), patience.as_secs()));
+            note(&format!("waiting for the {who}, {} s of at most {} s", waited.as_secs(), wait_timeout.as_secs()));
         }
-        sleep(LOOK.min(patience - waited)).await;
+        sleep(LOOK.min(wait_timeout - waited)).await;
     }
 }
 
 /// What the status says of a request; None: nothing yet. Of requests that come faster than sweeps end the last one is
 /// answered, and its answer is that of all before it.
-fn answer(token: &str, seen: &Seen) -> Option<Answer> {
+fn answer(token: &str, seen: &ObjectView) -> Option<Answer> {
     let status: &AuditLogSweeperStatus = &seen.status;
     let handled = status.last_handled_request.as_deref()?;
     let newest = seen.requested.as_deref().map(|requested| api::cut(requested, 128));
     if handled != token && Some(handled) != newest {
         return None;
     }
-    if conditions::is_true(&status.conditions, ConditionType::Suspended) {
+    if condition::is_true(&status.conditions, ConditionType::Suspended) {
         return Some(Answer::Suspended);
     }
     Some(match status.last_sweep.as_ref().map(|last| last.outcome) {
@@ -164,15 +169,15 @@ fn answer(token: &str, seen: &Seen) -> Option<Answer> {
     })
 }
 
-fn sentence(seen: &Seen, answer: Answer) -> String {
-    let Seen { namespace, name, status, .. } = seen;
+fn sentence(seen: &ObjectView, answer: Answer) -> String {
+    let ObjectView { namespace, name, status, .. } = seen;
     let at = format!("{name} in namespace {namespace}");
     match answer {
         Answer::Requested => format!("asked for a sweep of {at}; see it with `status {name} -n {namespace}`"),
         Answer::Swept => {
             // After an edit it is about something else.
             let about_sweep = |ready: &&Condition| ready.reason != Reason::SchemaReady.as_str();
-            let ready = conditions::find(&status.conditions, ConditionType::Ready).filter(about_sweep);
+            let ready = condition::find(&status.conditions, ConditionType::Ready).filter(about_sweep);
             let rows = status.last_sweep.as_ref().map_or(0, |last| last.timed_out);
             let said = ready
                 .map_or_else(|| format!("{} timed out", count(rows, "row", "rows")), |ready| plain(&ready.message));
@@ -200,7 +205,7 @@ fn sentence(seen: &Seen, answer: Answer) -> String {
     }
 }
 
-fn report(seen: &Seen, token: &str, answer: Answer) -> Value {
+fn report(seen: &ObjectView, token: &str, answer: Answer) -> Value {
     let ended = matches!(answer, Answer::Swept | Answer::Failed | Answer::Stopped);
     json!({
         "namespace": seen.namespace,

@@ -2,8 +2,8 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::outcome::Subject;
-use crate::api::conditions::{self, ConditionType};
+use super::status::Subject;
+use crate::api::condition::{self, ConditionType};
 use crate::api::status::{AuditLogSweeperStatus, LastSweep, Outcome, Trigger, whole_seconds};
 
 /// What is to be done now.
@@ -55,7 +55,7 @@ pub fn decide(
     let observed = status.observed_generation == Some(subject.generation);
     let request = subject.request.clone().filter(|request| status.last_handled_request.as_ref() != Some(request));
     if subject.spec.suspend {
-        let said = conditions::is_true(&status.conditions, ConditionType::Suspended);
+        let said = condition::is_true(&status.conditions, ConditionType::Suspended);
         return if said && observed && request.is_none() { Decision::Wait(None) } else { Decision::Suspend };
     }
     let next = status.next_schedule_time.filter(|next| plausible(*next, now, subject));
@@ -163,10 +163,11 @@ mod tests {
 
     use super::*;
     use crate::api::Reason;
-    use crate::controller::outcome::{Failure, Update};
-    use crate::sweep::preflight::Checked;
+    use crate::controller::status::{Failure, Update};
+    use crate::database::Class;
+    use crate::preflight::Checked;
+    use crate::sweep::Report;
     use crate::sweep::report::Ended;
-    use crate::sweep::{Class, Report};
 
     fn at(second: i64) -> DateTime<Utc> {
         DateTime::from_timestamp(1_800_000_000 + second, 0).unwrap()
@@ -269,7 +270,7 @@ mod tests {
         let status = swept_once(&subject);
         let slot_time = status.next_schedule_time.unwrap();
         let report = || {
-            let error = Some(crate::sweep::Error::Timer { what: "a statement", after: std::time::Duration::ZERO });
+            let error = Some(crate::database::Error::Timer { what: "a statement", after: std::time::Duration::ZERO });
             Ok(Report { timed_out: 4, batches: 1, error, ..Report::default() })
         };
         let status = act(decide(slot_time, &subject, &status, None), &subject, &status, slot_time, 1, report());
@@ -288,7 +289,7 @@ mod tests {
         let subject = subject(1, json!({ "limit": 4 }));
         let status = swept_once(&subject);
         let slot_time = status.next_schedule_time.unwrap();
-        let error = Some(crate::sweep::Error::Answer("x"));
+        let error = Some(crate::database::Error::Answer("x"));
         let report = Ok(Report { timed_out: 4, error, ..Report::default() });
         let status = act(decide(slot_time, &subject, &status, None), &subject, &status, slot_time, 1, report);
         assert_eq!(status.next_schedule_time, Some(subject.grid().next(slot_time)));

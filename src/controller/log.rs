@@ -3,7 +3,7 @@
 use kube::ResourceExt;
 use tracing::{debug, error, warn};
 
-use super::outcome::{Failure, Subject};
+use super::status::{Failure, Subject};
 use crate::api::AuditLogSweeper;
 use crate::sweep::Report;
 

@@ -7,24 +7,22 @@
 //! before. Of several replicas the one that holds the `lease` works; the others keep their `watch` warm,
 //! so that a takeover costs no list of all objects, and a replica that could not take over is not ready.
 
-mod attempt;
+pub mod cache;
+mod client;
 pub mod decide;
-mod fetched;
-mod guard;
-pub mod lease;
+mod execute;
+pub mod fetch;
+pub mod leader;
+mod lifecycle;
+pub mod limits;
 mod log;
-pub mod memory;
-pub mod notice;
-pub mod outcome;
-mod perform;
+mod model;
 #[cfg(test)]
 mod properties;
 pub mod publish;
 pub mod reconcile;
-pub mod resolve;
-pub mod stopping;
-pub mod turn;
-mod verdicts;
+pub mod shutdown;
+pub mod status;
 mod watch;
 
 use std::sync::Arc;
@@ -41,12 +39,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::{self, Metrics, ObjectSeries, Snapshot};
-use fetched::Fetched;
-use lease::Leadership;
-use memory::Memories;
-use resolve::ApiServer;
-use stopping::Stopped;
-use turn::Turns;
+use cache::ObjectCache;
+use client::ApiServer;
+use leader::Leadership;
+use limits::Limiter;
+use model::Fetched;
+use shutdown::ShutdownReport;
 use watch::Scope;
 
 /// What is set at start.
@@ -99,16 +97,16 @@ impl std::fmt::Debug for Clients {
 pub struct Context {
     server: ApiServer,
     settings: Settings,
-    memories: Memories,
-    turns: Turns,
-    /// Those of preflights, which answer to an edit: long sweeps do not keep them waiting.
-    checks: Turns,
-    /// Of those that have something to do, so many are looked at at once: the rest takes little memory.
-    looks: Semaphore,
+    cache: ObjectCache,
+    sweep_limiter: Limiter,
+    /// Preflights answer to an edit, so long sweeps do not keep them waiting.
+    preflight_limiter: Limiter,
+    /// Bounds how many objects are prepared at once. Waiting objects hold only their key, so 10,000 due objects stay small.
+    prepare_slots: Semaphore,
     recorder: Recorder,
     leadership: Leadership,
     /// What the watches have seen.
-    stores: Arc<guard::Stores>,
+    stores: Arc<lifecycle::Stores>,
     /// What is being reconciled right now.
     running: TaskTracker,
     /// Events that are being sent.
@@ -127,7 +125,7 @@ impl Context {
     fn snapshot(&self) -> Snapshot {
         let leader = self.leadership.term().is_some();
         let objects = self.stores.iter().map(Store::len).sum();
-        let sweeps_in_flight = self.turns.taken();
+        let sweeps_in_flight = self.sweep_limiter.taken();
         let shown = if leader && self.settings.object_metrics { &*self.stores } else { &[] };
         let series = shown.iter().flat_map(Store::state).map(|object| self.series(&object)).collect();
         Snapshot { sweeps_in_flight, objects, leader, series }
@@ -138,13 +136,13 @@ impl Context {
             Ok(object) => metrics::values(&object.spec, &object.status.clone().unwrap_or_default()),
             Err(_) => metrics::invalid(),
         };
-        let counts = self.memories.get(&object.uid().unwrap_or_default()).counts;
+        let counts = self.cache.get(&object.uid().unwrap_or_default()).counts;
         ObjectSeries { namespace: object.namespace().unwrap_or_default(), name: object.name_any(), gauges, counts }
     }
 }
 
 /// Works, whenever it leads, until `stop`: then running sweeps end, their counts are published, and it returns, at the
-/// latest after [`stopping::SHUTDOWN`]. Any earlier return means that a watch has ended.
+/// latest after [`shutdown::SHUTDOWN`]. Any earlier return means that a watch has ended.
 pub async fn run(
     clients: Clients,
     settings: Settings,
@@ -152,24 +150,24 @@ pub async fn run(
     readiness: Readiness,
     metrics: &Metrics,
     stop: CancellationToken,
-) -> Stopped {
+) -> ShutdownReport {
     let scopes = Scope::all(&clients.watches, &settings);
-    let turns = || Turns::new(settings.max_concurrent_sweeps, settings.max_sweeps_per_server);
-    let (turns, checks) = (turns(), turns());
-    let (memories, running, events) = (Memories::default(), TaskTracker::new(), TaskTracker::new());
+    let limiter = || Limiter::new(settings.max_concurrent_sweeps, settings.max_sweeps_per_server);
+    let (sweep_limiter, preflight_limiter) = (limiter(), limiter());
+    let (cache, running, events) = (ObjectCache::default(), TaskTracker::new(), TaskTracker::new());
     let reporter =
         Reporter { controller: "auditlog.dev/audit-log-sweeper".into(), instance: settings.instance.clone() };
     let client = clients.requests;
     let recorder = Recorder::new(client.clone(), reporter);
     let server = ApiServer::new(client, metrics.instruments.clone(), readiness.clone());
-    let stores: Arc<guard::Stores> = scopes.iter().map(Scope::store).collect();
+    let stores: Arc<lifecycle::Stores> = scopes.iter().map(Scope::store).collect();
     let context = Arc::new(Context {
         server,
         settings,
-        memories,
-        turns,
-        checks,
-        looks: Semaphore::new(resolve::AT_ONCE),
+        cache,
+        sweep_limiter,
+        preflight_limiter,
+        prepare_slots: Semaphore::new(client::REQUEST_SLOTS),
         recorder,
         leadership,
         stores,
@@ -195,10 +193,10 @@ pub async fn run(
     // A watch that waits to try again holds nobody up: what counts is that no object is being worked on.
     let stopped = async {
         stop.cancelled().await;
-        stopping::wind_up(&context).await
+        shutdown::drain(&context).await
     };
     tokio::select! {
-        () = ended => Stopped::default(),
+        () = ended => ShutdownReport::default(),
         stopped = stopped => stopped,
     }
 }

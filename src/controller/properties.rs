@@ -4,13 +4,14 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 
 use super::decide::{Decision, Slot, decide};
-use super::notice::notices;
-use super::outcome::{Failure, Subject, Update};
+use super::status::events::events;
+use super::status::{Failure, Subject, Update};
 use crate::api::Reason;
 use crate::api::status::{AuditLogSweeperStatus, Trigger};
-use crate::sweep::preflight::Checked;
+use crate::database::Class;
+use crate::preflight::Checked;
+use crate::sweep::Report;
 use crate::sweep::report::Ended;
-use crate::sweep::{Class, Report};
 
 fn subject(uid: u64, period: i64) -> Subject {
     let spec = json!({ "database": { "secretRef": { "name": "db" } }, "period": format!("{period}s"), "limit": 10 });
@@ -102,7 +103,7 @@ impl World {
                 }
             };
             let new = update.apply(&self.subject, &self.status);
-            self.told.extend(notices(&update, &self.status, &new).iter().map(|notice| notice.reason));
+            self.told.extend(events(&update, &self.status, &new).iter().map(|event| event.reason));
             self.written += 1;
             self.remembered = new.next_schedule_time;
             self.status = new;

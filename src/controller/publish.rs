@@ -6,16 +6,17 @@ use chrono::{DateTime, Utc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
 use kube::core::NamespaceResourceScope;
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::events::{Event as KubeEvent, EventType, Recorder};
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::fetched::Fetched;
-use super::notice::{Notice, notices};
-use super::outcome::{self, Subject, Update};
-use super::resolve::{ApiError, ApiServer, object, text};
-use crate::api::conditions::ConditionType;
+use super::client::{ApiError, ApiServer, text};
+use super::fetch::object;
+use super::model::Fetched;
+use super::status::events::{Event, events};
+use super::status::{self, Subject, Update};
+use crate::api::condition::ConditionType;
 use crate::api::{AuditLogSweeper, AuditLogSweeperStatus};
 use crate::telemetry::metrics::Operation;
 
@@ -31,7 +32,7 @@ pub struct Published {
     /// The object as it is now.
     pub object: AuditLogSweeper,
     /// What there is to tell of it.
-    pub notices: Vec<Notice>,
+    pub events: Vec<Event>,
 }
 
 /// Writes the status that follows from `update` onto `base`, or onto what is there by now. None: the object is gone,
@@ -52,18 +53,18 @@ pub async fn publish(
         let old = base.status.clone().unwrap_or_default();
         // An earlier try may have arrived, and only its answer not.
         if update.is_in(subject, &old) {
-            return Ok(Some(Published { object: base, notices: vec![] }));
+            return Ok(Some(Published { object: base, events: vec![] }));
         }
         // Someone else's later attempt stands; only the sums take ours in. A time in the future is no attempt's.
         let later = |start| old.last_attempt_time.is_some_and(|last| start < last && last <= now);
         let overtaken = update.start().is_some_and(later);
         let new = if overtaken { update.apply_totals(subject, &old) } else { update.apply(subject, &old) };
         if same(&old, &new) {
-            return Ok(Some(Published { object: base, notices: vec![] }));
+            return Ok(Some(Published { object: base, events: vec![] }));
         }
-        let notices = if overtaken { vec![] } else { notices(update, &old, &new) };
+        let events = if overtaken { vec![] } else { events(update, &old, &new) };
         match patch::<AuditLogSweeper>(server, &base.metadata, &json!(new)).await {
-            Ok(object) => return Ok(Some(Published { object, notices })),
+            Ok(object) => return Ok(Some(Published { object, events })),
             Err(error) if error.code() == Some(404) => return Ok(None),
             Err(error) if error.code() == Some(409) => {}
             // It would be refused for ever. Without what may be too long, it may pass; else only the counts are lost.
@@ -71,7 +72,7 @@ pub async fn publish(
                 tracing::error!(%namespace, name = base.name_any(), error = text(&error), "the status was refused");
                 let reduced = AuditLogSweeperStatus { unsweepable: None, last_error: None, ..new };
                 let written = patch(server, &base.metadata, &json!(reduced)).await.ok();
-                return Ok(written.map(|object| Published { object, notices }));
+                return Ok(written.map(|object| Published { object, events }));
             }
             Err(error) => return Err(error),
         }
@@ -85,18 +86,18 @@ pub async fn publish(
 }
 
 /// Tells what happened, by events. Best effort: nothing waits for them, and the status has it all.
-pub async fn tell(server: &ApiServer, recorder: &Recorder, object: &AuditLogSweeper, notices: &[Notice]) {
-    for notice in notices {
-        let event = Event {
-            type_: if notice.warning { EventType::Warning } else { EventType::Normal },
-            reason: notice.reason.into(),
-            note: Some(notice.note.clone()),
-            action: notice.action.into(),
+pub async fn publish_events(server: &ApiServer, recorder: &Recorder, object: &AuditLogSweeper, events: &[Event]) {
+    for event in events {
+        let kube_event = KubeEvent {
+            type_: if event.warning { EventType::Warning } else { EventType::Normal },
+            reason: event.reason.into(),
+            note: Some(event.note.clone()),
+            action: event.action.into(),
             secondary: None,
         };
         let about = object.object_ref(&());
-        if let Err(error) = server.within(Operation::PublishEvent, recorder.publish(&event, &about)).await {
-            tracing::debug!(reason = notice.reason, error = text(&error), "an event could not be published");
+        if let Err(error) = server.within(Operation::PublishEvent, recorder.publish(&kube_event, &about)).await {
+            tracing::debug!(reason = event.reason, error = text(&error), "an event could not be published");
         }
     }
 }
@@ -149,7 +150,7 @@ pub async fn publish_invalid(
         return Ok(());
     }
     let generation = object.metadata.generation.unwrap_or_default();
-    let new = outcome::invalid(&old, generation, error, now);
+    let new = status::invalid(&old, generation, error, now);
     if same(&old, &new) {
         return Ok(());
     }

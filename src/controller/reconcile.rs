@@ -14,15 +14,15 @@ use tokio::sync::SemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::client::ApiError;
 use super::decide::{Decision, decide};
-use super::fetched::Fetched;
-use super::guard::{self, contained};
-use super::outcome::{Subject, Update};
-use super::perform::{Attempt, check, job, prepare};
-use super::resolve::ApiError;
-use super::stopping::{Pending, publish_update, unless};
-use super::turn::{ServerPermit, Turns};
-use super::{Context, publish, resolve};
+use super::execute::{Attempt, check, job, prepare};
+use super::lifecycle::{self, catch_panic};
+use super::limits::{Limiter, ServerPermit};
+use super::model::Fetched;
+use super::shutdown::{Pending, publish_update};
+use super::status::{Subject, Update};
+use super::{Context, client, fetch, publish};
 use crate::api::AuditLogSweeper;
 
 /// However far away the next slot is, look at the clock this often: a machine may sleep, a clock may jump. It costs
@@ -54,7 +54,7 @@ pub async fn reconcile(object: Arc<Fetched>, context: Arc<Context>) -> Result<Ac
     let driven = AssertUnwindSafe(drive(&object, &uid, &context)).catch_unwind().await;
     let action = match driven.unwrap_or(Err(ApiError::Panic)) {
         Ok(next) => {
-            context.memories.change(&uid, |memory| memory.api_failures = 0);
+            context.cache.change(&uid, |entry| entry.api_failures = 0);
             next.map_or_else(Action::await_change, |next| {
                 let wait = (next - Utc::now()).clamp(TimeDelta::zero(), LONGEST_WAIT);
                 Action::requeue(wait.to_std().unwrap_or_default())
@@ -62,15 +62,15 @@ pub async fn reconcile(object: Arc<Fetched>, context: Arc<Context>) -> Result<Ac
         }
         Err(_) if context.stop.is_cancelled() => Action::await_change(),
         Err(failed) => {
-            let failures = context.memories.change(&uid, |memory| {
-                memory.api_failures = memory.api_failures.saturating_add(1);
-                memory.api_failures
+            let failures = context.cache.change(&uid, |entry| {
+                entry.api_failures = entry.api_failures.saturating_add(1);
+                entry.api_failures
             });
             let (first, longest) = API_RETRY;
             let pause = first.saturating_mul(2_u32.saturating_pow(failures - 1)).min(longest);
             warn!(
                 namespace = object.meta().namespace, name = object.meta().name,
-                error = resolve::text(&failed), retry_in = ?pause, "trying this object again"
+                error = client::text(&failed), retry_in = ?pause, "trying this object again"
             );
             Action::requeue(pause)
         }
@@ -79,12 +79,13 @@ pub async fn reconcile(object: Arc<Fetched>, context: Arc<Context>) -> Result<Ac
 }
 
 async fn drive(object: &Fetched, uid: &str, context: &Context) -> Result<Option<DateTime<Utc>>, ApiError> {
-    let pending = context.memories.get(uid).pending;
+    let pending = context.cache.get(uid).pending;
     let seen = match (&object.0, context.leadership.term()) {
         (Ok(object), _) => object,
         (Err(_), None) => return Ok(None),
         (Err(invalid), Some(term)) => {
-            let said = unless(&term, Box::pin(say_invalid(context, &invalid.metadata, &invalid.error))).await;
+            let said =
+                term.run_until_cancelled(Box::pin(say_invalid(context, &invalid.metadata, &invalid.error))).await;
             return said.transpose().map(|_| None);
         }
     };
@@ -101,12 +102,13 @@ async fn drive(object: &Fetched, uid: &str, context: &Context) -> Result<Option<
     while let Some(term) = context.leadership.term() {
         let object = written.as_deref().unwrap_or(seen);
         // What an older or looser CRD let in is not acted upon.
-        let broken = context.memories.broken_rules(uid, &object.spec);
+        let broken = context.cache.broken_rules(uid, &object.spec);
         if !broken.is_empty() {
-            let said = unless(&term, Box::pin(say_invalid(context, &object.metadata, &broken.join("; ")))).await;
+            let said =
+                term.run_until_cancelled(Box::pin(say_invalid(context, &object.metadata, &broken.join("; ")))).await;
             return said.transpose().map(|_| None);
         }
-        let not_before = context.memories.get(uid).next;
+        let not_before = context.cache.get(uid).not_before;
         if let Decision::Wait(next) = judge(object, &Subject::new(object), not_before) {
             return Ok(next);
         }
@@ -130,14 +132,16 @@ async fn say_invalid(context: &Context, meta: &ObjectMeta, error: &str) -> Resul
 async fn pass(name: &Named<'_>, context: &Context, term: &CancellationToken) -> Result<Pass, ApiError> {
     let mut permits = Permits::default();
     loop {
-        let Some(Ok(look)) = unless(term, context.looks.acquire()).await else { return Ok(Pass::Wait(None)) };
+        let Some(Ok(look)) = term.run_until_cancelled(context.prepare_slots.acquire()).await else {
+            return Ok(Pass::Wait(None));
+        };
         let server = match Box::pin(act(name, &mut permits, look, context, term)).await? {
             Acted::Done(pass) => return Ok(pass),
             Acted::Again => continue,
             Acted::Queue(server) => server,
         };
-        let (turns, permit) = permits.wanted(context);
-        if !turns.wait(&server, permit, term).await {
+        let (limiter, permit) = permits.wanted(context);
+        if !limiter.acquire_server_unless_stopped(&server, permit, term).await {
             return Ok(Pass::Wait(None));
         }
     }
@@ -165,16 +169,16 @@ struct Permits {
 
 impl Permits {
     /// Takes one at once, if that can be.
-    fn take_now(&mut self, for_preflight: bool, server: &str, context: &Context) -> bool {
+    fn try_acquire_server(&mut self, for_preflight: bool, server: &str, context: &Context) -> bool {
         if self.for_preflight != for_preflight {
             *self = Self { for_preflight, permit: None };
         }
-        let (turns, permit) = self.wanted(context);
-        turns.take_now(server, permit)
+        let (limiter, permit) = self.wanted(context);
+        limiter.try_acquire_server(server, permit)
     }
 
-    fn wanted<'a>(&mut self, context: &'a Context) -> (&'a Turns, &mut Option<ServerPermit>) {
-        (if self.for_preflight { &context.checks } else { &context.turns }, &mut self.permit)
+    fn wanted<'a>(&mut self, context: &'a Context) -> (&'a Limiter, &mut Option<ServerPermit>) {
+        (if self.for_preflight { &context.preflight_limiter } else { &context.sweep_limiter }, &mut self.permit)
     }
 }
 
@@ -202,10 +206,10 @@ async fn act(
     let wait = |next| Ok(Acted::Done(Pass::Wait(next)));
     let Named { namespace, name, uid, not_before } = name;
     let selected = context.settings.selector.as_deref();
-    let selected = Box::pin(resolve::selected(&context.server, namespace, name, selected));
-    let object = match unless(term, selected).await.transpose()? {
+    let selected = Box::pin(fetch::selected(&context.server, namespace, name, selected));
+    let object = match term.run_until_cancelled(selected).await.transpose()? {
         Some(Some(Fetched(Ok(object))))
-            if object.uid().as_deref() == Some(*uid) && context.memories.broken_rules(uid, &object.spec).is_empty() =>
+            if object.uid().as_deref() == Some(*uid) && context.cache.broken_rules(uid, &object.spec).is_empty() =>
         {
             object
         }
@@ -225,12 +229,12 @@ async fn act(
             Update::Repaired { now: Utc::now() }
         }
         Decision::Preflight => {
-            let Some(prepared) = unless(term, Box::pin(prepare(&object, &subject, context))).await else {
+            let Some(prepared) = term.run_until_cancelled(Box::pin(prepare(&object, &subject, context))).await else {
                 return wait(None);
             };
             drop(look);
             if let Ok((_, target, _)) = &prepared
-                && !permits.take_now(true, &target.servers(), context)
+                && !permits.try_acquire_server(true, &target.servers(), context)
             {
                 return Ok(Acted::Queue(target.servers()));
             }
@@ -239,21 +243,23 @@ async fn act(
                 check(&plan, &target, &subject, secrets, context).await
             };
             // Nobody waits for the answer any more.
-            let Some(result) = unless(term, Box::pin(contained(checking))).await else { return wait(None) };
+            let Some(result) = term.run_until_cancelled(Box::pin(catch_panic(checking))).await else {
+                return wait(None);
+            };
             Update::Preflight { result: result.and_then(|result| result), now: Utc::now() }
         }
         Decision::Sweep(slot) => {
-            let Some(prepared) = unless(term, Box::pin(prepare(&object, &subject, context))).await else {
+            let Some(prepared) = term.run_until_cancelled(Box::pin(prepare(&object, &subject, context))).await else {
                 return wait(None);
             };
             drop(look);
             let (job, secrets) = match prepared {
                 Ok((plan, target, secrets)) => {
                     let server = target.servers();
-                    if !permits.take_now(false, &server, context) {
+                    if !permits.try_acquire_server(false, &server, context) {
                         return Ok(Acted::Queue(server));
                     }
-                    (Ok(job(&object, &slot, plan, target, context.turns.company(&server))), secrets)
+                    (Ok(job(&object, &slot, plan, target, context.sweep_limiter.peers(&server))), secrets)
                 }
                 Err(failure) => (Err(failure), vec![]),
             };
@@ -261,7 +267,7 @@ async fn act(
             let attempt = Attempt { object: &object, subject: &subject, slot: &slot, job, secrets, start, checked };
             let stop = term.child_token();
             let made = Box::pin(attempt.make(context, &stop));
-            match guard::while_it_stays(&context.stores, &object, &stop, made).await? {
+            match lifecycle::run_while_owned(&context.stores, &object, &stop, made).await? {
                 Some(update) => update,
                 None => return Ok(Acted::Again),
             }
@@ -281,7 +287,7 @@ mod tests {
         size_of::<F>()
     }
 
-    /// Ten thousand may wait for their turns at the same time.
+    /// Ten thousand may wait for their limiter at the same time.
     #[test]
     fn a_reconcile_that_waits_is_small() {
         let size = size(reconcile);

@@ -13,9 +13,9 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::fetched::Fetched;
-use super::resolve::{ApiError, ApiServer, text};
-use super::{Context, Settings, reconcile, resolve};
+use super::client::{ApiError, ApiServer, text};
+use super::model::Fetched;
+use super::{Context, Settings, fetch, reconcile};
 use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::Operation;
 
@@ -42,7 +42,7 @@ impl Scope {
             let mut config = watcher::Config::default();
             config.label_selector.clone_from(&settings.selector);
             let (store, writer) = reflector::store();
-            let seen = watcher(objects.clone(), config).modify(resolve::leave_out).reflect(writer).applied_objects();
+            let seen = watcher(objects.clone(), config).modify(fetch::leave_out).reflect(writer).applied_objects();
             let controller = Controller::for_stream(seen, store).trigger_backoff(Retry::default());
             Self { name, objects, selector: settings.selector.clone(), controller }
         };
@@ -73,7 +73,7 @@ impl Scope {
         // Whoever begins to lead looks at every object afresh.
         let terms = stream::unfold((context.leadership.clone(), context.clone()), |(mut leadership, context)| async {
             leadership.next_term().await?;
-            context.memories.begin_term();
+            context.cache.start_term();
             Some(((), (leadership, context)))
         });
         let controlled = self
@@ -94,7 +94,7 @@ impl Scope {
                             failed.notify_one();
                         }
                     }
-                    context.memories.retain(&context.stores);
+                    context.cache.retain(&context.stores);
                     futures::future::ready(())
                 }
             });

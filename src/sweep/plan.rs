@@ -4,15 +4,15 @@ use std::time::Duration;
 
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 
-use super::Error;
 use crate::api::AuditLogSweeperSpec;
 use crate::api::spec::Mode;
+use crate::database::Error;
 
 /// At most this many stale rows are counted for the backlog, and one more to tell "more than".
 const MAX_BACKLOG: i64 = 10_000;
 
 /// No sweep gives way for more than a quarter of this, however much time it has.
-const LONGEST_COURTESY: Duration = Duration::from_mins(10);
+const LONGEST_YIELD: Duration = Duration::from_mins(10);
 
 /// No row is taken for stale sooner.
 const LEAST_TIMEOUT: Duration = Duration::from_mins(1);
@@ -45,7 +45,7 @@ pub struct Plan {
     /// The longest that the sweep may take.
     pub deadline: Duration,
     /// How long it gives way to others who write to the server.
-    pub patience: Duration,
+    pub yield_budget: Duration,
 }
 
 /// Names as the spec and the catalog have them, not quoted.
@@ -109,7 +109,7 @@ impl Plan {
             batch_size: spec.batch_size.into(),
             statement_timeout: spec.statement_timeout.as_std(),
             deadline: spec.deadline.as_std(),
-            patience: spec.period.as_std().min(spec.deadline.as_std()).min(LONGEST_COURTESY) / 4,
+            yield_budget: spec.period.as_std().min(spec.deadline.as_std()).min(LONGEST_YIELD) / 4,
         })
     }
 
@@ -176,7 +176,7 @@ mod tests {
         for (period, deadline, seconds) in [("1m", "5m", 15), ("10m", "5m", 75), ("24h", "24h", 150), ("1m", "4s", 1)] {
             let plan =
                 plan(json!({ "database": { "secretRef": { "name": "db" } }, "period": period, "deadline": deadline }));
-            assert_eq!(plan.patience, Duration::from_secs(seconds));
+            assert_eq!(plan.yield_budget, Duration::from_secs(seconds));
         }
     }
 

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use super::Error;
 use super::statement::Cursor;
 use crate::api::status::{Backlog, Outcome};
+use crate::database::Error;
 
 /// The counts of one attempt, and how it ended.
 #[derive(Debug, Default)]

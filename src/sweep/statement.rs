@@ -1,5 +1,5 @@
 //! All SQL of the sweep is written here, and its answers are read here. Why each piece is as it is stands beside it.
-//! What the preflight asks the catalog is written in `preflight/catalog.rs`, the SQL for people in `preflight/mend.rs`.
+//! What the preflight asks the catalog is written in `preflight/catalog.rs`, the SQL for people in `preflight/fix.rs`.
 //!
 //! Every function, operator and type is named with its schema, or looked for in `pg_catalog` alone. Otherwise, someone
 //! who may create objects in a schema of the role's `search_path` could run code with the rights of the sweep. A batch
@@ -12,12 +12,13 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::Deserialize;
-use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
+use tokio_postgres::SimpleQueryMessage;
 
 use super::plan::{Names, Plan, literal};
+use crate::database::session::{last_row, text};
 
 /// Waiting for a lock longer than this is somebody else's schema change.
-pub(super) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+pub const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A client that was stopped or cut off must not hold its row locks for long.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -26,7 +27,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 const ISO: &str = r#"'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"#;
 
 /// For a transaction that runs no trigger. Without `pg_temp`, a temporary type or table would come before `pg_catalog`.
-pub(super) const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp; ";
+pub const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp; ";
 
 /// Equality of the server's own, whatever an operator of that name elsewhere does.
 const EQUALS: &str = "OPERATOR(pg_catalog.=)";
@@ -36,8 +37,7 @@ const GREATER: &str = "OPERATOR(pg_catalog.>)";
 
 /// Whether PostgreSQL does not use the index `x` yet: an older transaction may still need rows that the index lacks.
 /// Source: `get_relation_info` in PostgreSQL's `plancat.c`.
-pub(super) const INDEX_PENDING: &str =
-    "(x.indcheckxmin AND age(x.xmin) <= age(xid(pg_snapshot_xmin(pg_current_snapshot()))))";
+pub const INDEX_PENDING: &str = "(x.indcheckxmin AND age(x.xmin) <= age(xid(pg_snapshot_xmin(pg_current_snapshot()))))";
 
 /// How an index of open rows says which rows it holds. A selection must say exactly the same, or the planner does not
 /// use the index.
@@ -62,7 +62,7 @@ impl OpenPredicate {
     }
 
     /// An SQL expression for the predicate as `pg_get_expr` writes it down, under [`SEARCH_PATH`].
-    pub(super) fn written(self, column: &str) -> String {
+    pub fn written(self, column: &str) -> String {
         let form = match self {
             Self::Private => "'(num_nulls(%I) = 1)'",
             Self::Plain => "'(%I IS NULL)'",
@@ -364,19 +364,6 @@ pub fn row_status(plan: &Plan, start: &Start, receipt: &Receipt) -> String {
         literal(&receipt.row.time_started),
         literal(receipt.row.id.as_deref().unwrap_or_default())
     )
-}
-
-/// The last row that an answer holds.
-pub fn last_row(answer: &[SimpleQueryMessage]) -> Option<&SimpleQueryRow> {
-    answer.iter().rev().find_map(|message| match message {
-        SimpleQueryMessage::Row(row) => Some(row),
-        _ => None,
-    })
-}
-
-/// A field of a row as text.
-pub fn text(row: &SimpleQueryRow, index: usize) -> Option<&str> {
-    row.try_get(index).ok().flatten()
 }
 
 /// Reads the answer of [`batch`].

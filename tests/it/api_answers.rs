@@ -7,10 +7,10 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Value, json};
 use support::wait::eventually;
 
-use crate::fixtures::gateway::{End, Refusal};
-use crate::fixtures::log::assert_one_swept_at_a_time;
+use crate::fixtures::audit_table::assert_one_swept_at_a_time;
+use crate::fixtures::http_fault_proxy::{End, Refusal};
 use crate::fixtures::operator::{has, replica};
-use crate::fixtures::{Gateway, Log, Operator};
+use crate::fixtures::{AuditTable, HttpFaultProxy, Operator};
 
 /// Longer than any pause of the clients in between.
 const MINUTE: Duration = Duration::from_secs(60);
@@ -21,11 +21,11 @@ fn time(status: &Value, field: &str) -> DateTime<Utc> {
 
 /// Refuses during a sweep of 40 rows of 50, and while another object is swept every 5 s, a row at a time.
 async fn rides_out(refusal: Refusal, refusing: Duration, args: &[&str]) {
-    let (log, ticks, operator) = (Log::slow(50).await, Log::new().await, Operator::absent().await);
+    let (log, ticks, operator) = (AuditTable::slow(50).await, AuditTable::new().await, Operator::absent().await);
     ticks.start_many(100).await;
     operator.secret_for(&log).await;
     operator.secret("ticks", &[("uri", &ticks.database.uri())]).await;
-    let gateway = Gateway::new(&operator.kubeconfig(None).await, &operator.scratch).await;
+    let gateway = HttpFaultProxy::new(&operator.kubeconfig(None).await, &operator.scratch).await;
     let mut process = replica("a", &gateway.kubeconfig, &operator.scratch, &operator.namespace, args);
     let database = json!({ "secretRef": { "name": "ticks" }, "tls": { "mode": "Disable" } });
     let tick = json!({ "period": "5s", "limit": 1, "database": database });
@@ -50,8 +50,8 @@ async fn rides_out(refusal: Refusal, refusing: Duration, args: &[&str]) {
     .await;
     gateway.refuse(None);
 
-    let patience = Duration::from_secs(40);
-    eventually("the counts", patience, async || {
+    let wait_timeout = Duration::from_secs(40);
+    eventually("the counts", wait_timeout, async || {
         let status = json!(operator.api().get("app").await.unwrap().status);
         let swept = log.timed_out().await;
         let done = status["totals"]["timedOut"] == json!(40) && has(&status, "Ready=True/LimitReached");
@@ -65,7 +65,7 @@ async fn rides_out(refusal: Refusal, refusing: Duration, args: &[&str]) {
     assert_eq!(trail.iter().map(|(_, _, rows)| rows).sum::<u32>(), 40);
 
     let before = ticks.timed_out().await.len();
-    let status = eventually("two sweeps on the grid, and all of them counted", patience, async || {
+    let status = eventually("two sweeps on the grid, and all of them counted", wait_timeout, async || {
         let status = json!(operator.api().get("tick").await.unwrap().status);
         let (counted, rows) = (status["totals"]["timedOut"].as_u64(), ticks.timed_out().await);
         let all = counted == u64::try_from(rows.len()).ok() && rows.len() >= before + 2;
@@ -99,9 +99,9 @@ async fn an_api_server_that_answers_one_in_three_costs_no_count_and_no_second_sw
 
 #[tokio::test]
 async fn a_watch_that_ended_is_opened_again_and_edits_are_seen() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
-    let gateway = Gateway::new(&operator.kubeconfig(None).await, &operator.scratch).await;
+    let gateway = HttpFaultProxy::new(&operator.kubeconfig(None).await, &operator.scratch).await;
     let _process = replica("a", &gateway.kubeconfig, &operator.scratch, &operator.namespace, &[]);
     let edit = async |suspend: bool| operator.apply("app", json!({ "period": "1h", "suspend": suspend })).await;
     let seen = async |suspended| operator.until("app", "the edit", move |s| has(s, suspended)).await;
@@ -140,9 +140,9 @@ async fn a_watch_that_ended_is_opened_again_and_edits_are_seen() {
 
 #[tokio::test]
 async fn a_watch_that_was_refused_for_a_minute_is_opened_again_within_seconds() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
-    let gateway = Gateway::new(&operator.kubeconfig(None).await, &operator.scratch).await;
+    let gateway = HttpFaultProxy::new(&operator.kubeconfig(None).await, &operator.scratch).await;
     let _process = replica("a", &gateway.kubeconfig, &operator.scratch, &operator.namespace, &[]);
     operator.apply("app", json!({ "period": "1h" })).await;
     operator.until("app", "the first sweep", |s| has(s, "Suspended=False/NotSuspended")).await;

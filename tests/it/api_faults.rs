@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use support::process::output;
 use support::wait::eventually;
 
-use crate::fixtures::log::assert_one_swept_at_a_time;
-use crate::fixtures::operator::{PATIENCE, has, namespace, port, replica};
-use crate::fixtures::relay::Course;
-use crate::fixtures::{Log, Operator, Own, Relay};
+use crate::fixtures::audit_table::assert_one_swept_at_a_time;
+use crate::fixtures::operator::{WAIT_TIMEOUT, has, namespace, port, replica};
+use crate::fixtures::tcp_fault_proxy::Course;
+use crate::fixtures::{AuditTable, DedicatedControlPlane, Operator, TcpFaultProxy};
 
 /// An AuditLogSweeper that uses the Secret `db` of its namespace.
 fn object(name: &str, rest: Value) -> AuditLogSweeper {
@@ -26,7 +26,7 @@ fn object(name: &str, rest: Value) -> AuditLogSweeper {
         .unwrap()
 }
 
-async fn secret(client: &kube::Client, namespace: &str, log: &Log) {
+async fn secret(client: &kube::Client, namespace: &str, log: &AuditTable) {
     let secrets: Api<k8s_openapi::api::core::v1::Secret> = Api::namespaced(client.clone(), namespace);
     let secret = json!({ "metadata": { "name": "db" }, "stringData": { "uri": log.database.uri() } });
     secrets.create(&PostParams::default(), &serde_json::from_value(secret).unwrap()).await.unwrap();
@@ -35,9 +35,9 @@ async fn secret(client: &kube::Client, namespace: &str, log: &Log) {
 #[tokio::test]
 async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
     // For its own API server and etcd, which it stops.
-    let Own { mut plane, client, namespace, scratch, config } = Own::new().await;
+    let DedicatedControlPlane { mut plane, client, namespace, scratch, config } = DedicatedControlPlane::new().await;
     let mut process = replica("a", &config, &scratch, &namespace, &[]);
-    let log = Log::slow(40).await;
+    let log = AuditTable::slow(40).await;
     secret(&client, &namespace, &log).await;
     let objects: Api<AuditLogSweeper> = Api::namespaced(client.clone(), &namespace);
     objects.create(&PostParams::default(), &object("app", json!({ "batchSize": 1, "period": "1h" }))).await.unwrap();
@@ -45,7 +45,7 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
     plane.stop_api_server();
     // It ends while nobody can be told.
     log.until_swept(40).await;
-    eventually("the end of the session", PATIENCE, async || {
+    eventually("the end of the session", WAIT_TIMEOUT, async || {
         let sessions = log.sweeping_sessions().await;
         if sessions.is_empty() { Ok(()) } else { Err(format!("{sessions:?}")) }
     })
@@ -71,7 +71,7 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
                'r', '/v1', 'op', '::1', 'unauthenticated' FROM generate_series(41, 80) AS n",
     )
     .await;
-    eventually("the object to be changed", PATIENCE, async || {
+    eventually("the object to be changed", WAIT_TIMEOUT, async || {
         let patch = json!({ "spec": { "period": "5s" } });
         let patched = objects.patch("app", &Default::default(), &kube::api::Patch::Merge(&patch)).await;
         patched.map_err(|error| error.to_string())
@@ -92,16 +92,16 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
 
 #[tokio::test]
 async fn killed_between_the_commit_and_the_status_it_sweeps_at_most_once_more() {
-    let (log, operator) = (Log::slow(10).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::slow(10).await, Operator::absent().await);
     operator.secret_for(&log).await;
-    let relay = Relay::new(port(operator.plane)).await;
+    let relay = TcpFaultProxy::new(port(operator.plane)).await;
     let config = operator.kubeconfig(Some(&relay)).await;
     let a = replica("a", &config, &operator.scratch, &operator.namespace, &[]);
     operator.apply("app", json!({ "batchSize": 1, "period": "1h" })).await;
     log.until_swept(2).await;
     relay.set(Course::Deaf);
     log.until_swept(10).await;
-    eventually("the end of the session", PATIENCE, async || {
+    eventually("the end of the session", WAIT_TIMEOUT, async || {
         let sessions = log.sweeping_sessions().await;
         if sessions.is_empty() { Ok(()) } else { Err(format!("{sessions:?}")) }
     })
@@ -124,7 +124,7 @@ async fn killed_between_the_commit_and_the_status_it_sweeps_at_most_once_more() 
 
 #[tokio::test]
 async fn an_object_that_is_replaced_during_its_sweep_gets_no_word_of_the_old_one() {
-    let (log, operator) = (Log::slow(100).await, Operator::new().await);
+    let (log, operator) = (AuditTable::slow(100).await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 1, "period": "1h", "limit": 80 })).await;
     log.until_swept(2).await;
@@ -143,7 +143,7 @@ async fn an_object_that_is_replaced_during_its_sweep_gets_no_word_of_the_old_one
 
 #[tokio::test]
 async fn a_namespace_that_is_replaced_during_a_sweep_is_worked_in_again() {
-    let (log, home) = (Log::slow(100).await, Operator::absent().await);
+    let (log, home) = (AuditTable::slow(100).await, Operator::absent().await);
     let client = home.client.clone();
     let name = namespace(&client).await;
     let config = home.kubeconfig(None).await;
@@ -173,7 +173,7 @@ async fn a_namespace_that_is_replaced_during_a_sweep_is_worked_in_again() {
         .create(&PostParams::default(), &object("app", json!({ "batchSize": 1, "limit": 7, "period": "1h" })))
         .await
         .unwrap();
-    let status = eventually("its own sweep", PATIENCE, async || {
+    let status = eventually("its own sweep", WAIT_TIMEOUT, async || {
         let status = json!(objects.get("app").await.unwrap().status);
         if status["lastSweep"] != Value::Null {
             Ok(status)

@@ -13,7 +13,7 @@ use support::scratch::Scratch;
 use support::tools::Tools;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, RELEASE, chart, install};
+use crate::fixtures::operator::{RELEASE, WAIT_TIMEOUT, chart, install};
 
 const CRD: &str = "auditlogsweepers.auditlog.dev";
 
@@ -49,7 +49,7 @@ impl Cluster {
     /// Sets `spec.note`, a field of a later version, and waits until it is kept (true) or dropped (false).
     async fn knows_note(&self, known: bool) {
         let what = if known { "the new field to be kept" } else { "the new field to be dropped" };
-        eventually(what, PATIENCE, async || {
+        eventually(what, WAIT_TIMEOUT, async || {
             self.kubectl(&["patch", "als", "app", "--type=merge", "-p", r#"{"spec":{"note":"kept"}}"#]);
             let note = self.kubectl(&["get", "als", "app", "-o", "jsonpath={.spec.note}"]);
             if (note == "kept") == known { Ok(()) } else { Err(note) }
@@ -134,7 +134,7 @@ async fn installs_upgrades_rolls_back_and_uninstalls_without_losing_objects() {
     // Whoever does not want to keep it says so.
     cluster.helm(&["upgrade", RELEASE.1, &chart, "-n", RELEASE.0, "--set", "crds.keep=false"]);
     cluster.helm(&["uninstall", RELEASE.1, "-n", RELEASE.0]);
-    eventually("the CRD to go", PATIENCE, async || {
+    eventually("the CRD to go", WAIT_TIMEOUT, async || {
         let left = cluster.kubectl(&["get", "crd", "-o", "name"]);
         if left.contains(CRD) { Err(left) } else { Ok(()) }
     })

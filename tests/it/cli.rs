@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use support::leaks;
 use support::scratch::Scratch;
 
-use crate::fixtures::Log;
+use crate::fixtures::AuditTable;
 
 fn sweep(file: &str, args: &[&str], env: &[(&str, &str)]) -> Output {
     run("sweep", file, args, env)
@@ -39,7 +39,7 @@ fn stderr(output: &Output) -> String {
 
 #[tokio::test]
 async fn sweeps_once_from_a_file_with_its_secret_and_prints_json() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(3).await;
     let file = sweeper(", limit: 2") + &secret(&log.database.uri());
     let output = sweep(&file, &["--output", "json"], &[]);
@@ -60,7 +60,7 @@ async fn sweeps_once_from_a_file_with_its_secret_and_prints_json() {
 
 #[tokio::test]
 async fn the_uri_comes_from_the_flag_then_the_environment_then_the_file() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     let (good, bad) = (log.database.uri(), "postgresql://u:hunter2leak@127.0.0.1:1/d");
     let exit = |output: Output| output.status.code();
     assert_eq!(exit(sweep(&sweeper(""), &["--database-url", &good], &[("DATABASE_URL", bad)])), Some(0));
@@ -73,7 +73,7 @@ async fn the_uri_comes_from_the_flag_then_the_environment_then_the_file() {
 
 #[tokio::test]
 async fn a_failed_sweep_exits_with_1_and_counts_what_was_committed() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(4).await;
     log.before_update("IF right(NEW.id::text, 1) = '3' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;")
         .await;
@@ -124,7 +124,7 @@ fn stdout(output: &Output) -> String {
 
 #[tokio::test]
 async fn a_check_of_what_is_ready_exits_with_0_and_says_what_it_saw() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start(1, "2 h").await;
     let file = sweeper("") + &secret(&log.database.uri());
     let output = run("check", &file, &[], &[]);
@@ -148,7 +148,7 @@ async fn a_check_of_what_is_ready_exits_with_0_and_says_what_it_saw() {
 
 #[tokio::test]
 async fn a_check_of_what_is_not_ready_exits_with_1_and_prints_what_mends_it() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.run(
         "DROP INDEX audit_log_open_by_time_started; ALTER TYPE audit_log_result_kind RENAME VALUE 'timeout' TO 'late'",
     )

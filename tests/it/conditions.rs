@@ -4,10 +4,11 @@
 use audit_log_sweeper::api::status::AuditLogSweeperStatus;
 use audit_log_sweeper::api::{AuditLogSweeper, Reason};
 use audit_log_sweeper::controller::decide::Slot;
-use audit_log_sweeper::controller::outcome::{Failure, Subject, Update, invalid};
-use audit_log_sweeper::sweep::preflight::Checked;
+use audit_log_sweeper::controller::status::{Failure, Subject, Update, invalid};
+use audit_log_sweeper::database::Class;
+use audit_log_sweeper::preflight::Checked;
+use audit_log_sweeper::sweep::Report;
 use audit_log_sweeper::sweep::report::Ended;
-use audit_log_sweeper::sweep::{Class, Report};
 use chrono::{DateTime, TimeDelta, Utc};
 use mlua::{Lua, LuaSerdeExt};
 use serde_json::{Value, json};

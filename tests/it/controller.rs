@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 use support::process::output;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, conditions, has, probe};
-use crate::fixtures::{Log, Operator};
+use crate::fixtures::operator::{WAIT_TIMEOUT, conditions, has, probe};
+use crate::fixtures::{AuditTable, Operator};
 
 #[tokio::test]
 async fn an_applied_object_is_swept_and_kubectl_shows_it() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(3).await;
     log.start(9, "10 min").await;
     operator.secret_for(&log).await;
@@ -63,7 +63,7 @@ async fn an_applied_object_is_swept_and_kubectl_shows_it() {
 
 #[tokio::test]
 async fn sweeps_follow_one_another_on_the_grid() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(5).await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "limit": 2, "period": "5s" })).await;
@@ -81,7 +81,7 @@ async fn sweeps_follow_one_another_on_the_grid() {
 
 #[tokio::test]
 async fn every_failure_says_what_to_do_and_shows_no_secret() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     let operator = Operator::new().await;
     let good = log.database.uri();
     let secret = log.database.password.clone();
@@ -146,7 +146,7 @@ async fn every_failure_says_what_to_do_and_shows_no_secret() {
 
 #[tokio::test]
 async fn what_was_mended_elsewhere_is_found_by_itself() {
-    let (log, operator) = (Log::empty().await, Operator::new().await);
+    let (log, operator) = (AuditTable::empty().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "1h" })).await;
     operator.until("app", "the failure", |s| has(s, "Ready=False/TableNotFound")).await;
@@ -162,7 +162,7 @@ async fn what_was_mended_elsewhere_is_found_by_itself() {
 
 #[tokio::test]
 async fn its_own_write_makes_it_neither_sweep_nor_write_again() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "1h" })).await;
     operator.until("app", "the first sweep", |s| s["lastSweep"] != Value::Null).await;
@@ -190,7 +190,7 @@ async fn its_own_write_makes_it_neither_sweep_nor_write_again() {
 
 #[tokio::test]
 async fn an_edit_is_looked_at_and_not_swept() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "1h" })).await;
     operator.until("app", "the first sweep", |s| s["lastSweep"] != Value::Null).await;
@@ -215,7 +215,7 @@ async fn an_edit_is_looked_at_and_not_swept() {
 
 #[tokio::test]
 async fn a_spec_that_cannot_work_stalls_at_once() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "complete": [{ "column": "result_kind", "value": "timed out" }] })).await;
     let status = operator.until("app", "the failure", |s| s["lastError"] != Value::Null).await;
@@ -234,7 +234,7 @@ async fn a_spec_that_cannot_work_stalls_at_once() {
 
 #[tokio::test]
 async fn suspend_is_acknowledged_and_a_resume_goes_on() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     log.start(1, "2 h").await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "suspend": true })).await;
@@ -258,12 +258,12 @@ async fn suspend_is_acknowledged_and_a_resume_goes_on() {
 
 #[tokio::test]
 async fn sigterm_ends_a_sweep_within_five_seconds_with_its_counts_written() {
-    let (log, mut operator) = (Log::new().await, Operator::new().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(2000).await;
     log.before_update("PERFORM pg_sleep(0.01);").await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 5, "limit": 2000 })).await;
-    eventually("some batches", PATIENCE, async || {
+    eventually("some batches", WAIT_TIMEOUT, async || {
         let done = log.timed_out().await.len();
         if done >= 10 { Ok(()) } else { Err(done.to_string()) }
     })
@@ -290,7 +290,7 @@ async fn an_operator_that_may_not_watch_still_stops_at_once() {
     accounts.create(&Default::default(), &account).await.unwrap();
     let token = operator.plane.service_account_token(&operator.namespace, "nobody").await.unwrap();
     operator.start_as(&token, &[]);
-    eventually("the complaint", PATIENCE, async || {
+    eventually("the complaint", WAIT_TIMEOUT, async || {
         if operator.log().contains("cannot watch") { Ok(()) } else { Err(operator.log()) }
     })
     .await;
@@ -302,7 +302,7 @@ async fn an_operator_that_may_not_watch_still_stops_at_once() {
 
 #[tokio::test]
 async fn a_sweep_that_waits_for_its_turn_heeds_an_edit() {
-    let (slow, queued) = (Log::new().await, Log::new().await);
+    let (slow, queued) = (AuditTable::new().await, AuditTable::new().await);
     let mut operator = Operator::absent().await;
     slow.start_many(20).await;
     slow.before_update("PERFORM pg_sleep(0.2);").await;
@@ -321,8 +321,8 @@ async fn a_sweep_that_waits_for_its_turn_heeds_an_edit() {
     assert_eq!(queued.open().await, [1]);
 }
 
-async fn until_one_is_swept(log: &Log) {
-    eventually("the first batch", PATIENCE, async || {
+async fn until_one_is_swept(log: &AuditTable) {
+    eventually("the first batch", WAIT_TIMEOUT, async || {
         if log.timed_out().await.is_empty() { Err("none".to_owned()) } else { Ok(()) }
     })
     .await;
@@ -330,7 +330,7 @@ async fn until_one_is_swept(log: &Log) {
 
 #[tokio::test]
 async fn a_restart_changes_nothing_that_is_not_due() {
-    let (log, mut operator) = (Log::new().await, Operator::new().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "1h" })).await;
     let before = operator.until("app", "the first sweep", |s| s["lastSweep"] != Value::Null).await;
@@ -344,7 +344,7 @@ async fn a_restart_changes_nothing_that_is_not_due() {
 
 #[tokio::test]
 async fn a_write_of_others_during_a_sweep_is_not_undone_and_does_not_lose_the_counts() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(10).await;
     log.before_update("PERFORM pg_sleep(0.2);").await;
     operator.secret_for(&log).await;
@@ -364,7 +364,7 @@ async fn a_write_of_others_during_a_sweep_is_not_undone_and_does_not_lose_the_co
 
 #[tokio::test]
 async fn verify_full_trusts_the_ca_of_the_secret_and_no_other() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     let server = support::postgres::shared();
     operator.secret_for(&log).await;
     operator.secret("right", &[("ca.crt", &server.ca_pem())]).await;
@@ -386,7 +386,7 @@ async fn verify_full_trusts_the_ca_of_the_secret_and_no_other() {
 #[tokio::test]
 async fn probes_answer_and_say_what_is_waited_for() {
     let operator = Operator::new().await;
-    let ready = eventually("readiness", PATIENCE, async || probe(&operator.log(), "/readyz").await).await;
+    let ready = eventually("readiness", WAIT_TIMEOUT, async || probe(&operator.log(), "/readyz").await).await;
     assert_eq!(ready, "ready\n");
     assert_eq!(probe(&operator.log(), "/healthz").await.unwrap(), "serving\n");
 }

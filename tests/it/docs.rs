@@ -6,8 +6,8 @@ mod commands;
 
 use std::fs;
 
-use audit_log_sweeper::api::conditions::{ConditionType, Reason};
-use audit_log_sweeper::controller::notice::Notice;
+use audit_log_sweeper::api::condition::{ConditionType, Reason};
+use audit_log_sweeper::controller::status::events::Event;
 use audit_log_sweeper::telemetry::metrics::Operation;
 use support::tools::OLDEST;
 
@@ -38,7 +38,7 @@ fn every_condition_reason_event_and_metric_is_explained() {
     assert_rows(&text, ConditionType::ALL.map(ConditionType::as_str));
     assert_rows(&text, Reason::ALL.iter().map(|reason| reason.as_str()));
     let events = text.split_once("## Events").and_then(|(_, rest)| rest.split_once("\n## ")).expect("events").0;
-    assert_rows(events, Notice::REASONS);
+    assert_rows(events, Event::REASONS);
     let metrics = samples();
     assert_rows(&text, metrics.iter().map(String::as_str));
     for operation in Operation::ALL {
@@ -76,7 +76,7 @@ fn nothing_is_explained_that_is_not_there() {
     let conditions = ConditionType::ALL.map(|type_| type_.as_str().to_owned());
     assert_eq!(sorted(rows("Conditions")), sorted(conditions.into()));
     assert_eq!(sorted(rows("Reasons")), sorted(Reason::ALL.iter().map(|reason| reason.as_str().to_owned()).collect()));
-    assert_eq!(sorted(rows("Events")), sorted(Notice::REASONS.map(str::to_owned).into()));
+    assert_eq!(sorted(rows("Events")), sorted(Event::REASONS.map(str::to_owned).into()));
     assert_eq!(sorted(rows("Metrics")), samples().into_iter().collect::<Vec<_>>());
 }
 

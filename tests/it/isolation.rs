@@ -14,7 +14,7 @@ use support::wait::eventually;
 use tokio::net::TcpListener;
 
 use crate::fixtures::operator::has;
-use crate::fixtures::{Log, Operator, Relay, id};
+use crate::fixtures::{AuditTable, Operator, TcpFaultProxy, id};
 
 fn at(status: &Value, field: &str) -> DateTime<Utc> {
     status[field].as_str().unwrap_or_else(|| panic!("no {field} in {status:#}")).parse().unwrap()
@@ -29,14 +29,14 @@ fn spec(secret: &str, rest: Value) -> Value {
 
 #[tokio::test]
 async fn the_healthy_are_on_time_beside_the_slow_and_the_silent() {
-    let (healthy, slow) = (Log::new().await, Log::new().await);
+    let (healthy, slow) = (AuditTable::new().await, AuditTable::new().await);
     healthy.start_many(20).await;
     slow.start_many(5000).await;
     slow.before_update("PERFORM pg_sleep(0.2);").await;
     let mut operator = Operator::absent().await;
     operator.secret_for(&healthy).await;
     // Another port is another server.
-    let relay = Relay::new(postgres::shared().port()).await;
+    let relay = TcpFaultProxy::new(postgres::shared().port()).await;
     let by_relay =
         slow.database.uri().replace(&format!(":{}/", slow.database.port), &format!(":{}/", relay.address.port()));
     operator.secret("slow", &[("uri", &by_relay)]).await;
@@ -95,7 +95,7 @@ async fn the_healthy_are_on_time_beside_the_slow_and_the_silent() {
 
 #[tokio::test]
 async fn a_sweep_that_waits_for_its_server_heeds_an_edit() {
-    let log = Log::slow(60).await;
+    let log = AuditTable::slow(60).await;
     let mut operator = Operator::absent().await;
     operator.secret_for(&log).await;
     operator.start_with(&["--max-sweeps-per-server=1"]).await;
@@ -135,8 +135,8 @@ fn broken() -> Vec<(&'static str, Value, &'static str)> {
 }
 
 /// A log with a table for each that works, with two stale rows and one fresh one, and one that is another's.
-async fn crowded() -> Log {
-    let log = Log::new().await;
+async fn crowded() -> AuditTable {
+    let log = AuditTable::new().await;
     log.run(&format!(
         "DO $$ BEGIN FOR n IN 1..{} LOOP \
            EXECUTE format('CREATE TABLE t_%s (LIKE audit_log INCLUDING ALL)', n); \

@@ -7,12 +7,12 @@ use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, RELEASE, allow, replica};
-use crate::fixtures::{Log, Operator};
+use crate::fixtures::operator::{RELEASE, WAIT_TIMEOUT, allow, replica};
+use crate::fixtures::{AuditTable, Operator};
 
 /// Waits until nobody sweeps.
-async fn until_nobody_sweeps(log: &Log) {
-    eventually("the end of the session", PATIENCE, async || {
+async fn until_nobody_sweeps(log: &AuditTable) {
+    eventually("the end of the session", WAIT_TIMEOUT, async || {
         let sessions = log.sweeping_sessions().await;
         if sessions.is_empty() { Ok(()) } else { Err(format!("{sessions:?}")) }
     })
@@ -21,7 +21,7 @@ async fn until_nobody_sweeps(log: &Log) {
 
 #[tokio::test]
 async fn a_deleted_object_is_swept_no_further() {
-    let (log, operator) = (Log::slow(200).await, Operator::new().await);
+    let (log, operator) = (AuditTable::slow(200).await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 1, "period": "5s", "limit": 200 })).await;
     log.until_swept(2).await;
@@ -35,7 +35,7 @@ async fn a_deleted_object_is_swept_no_further() {
 
 #[tokio::test]
 async fn an_object_that_is_being_deleted_is_swept_no_more_and_its_rows_are_counted() {
-    let (log, operator) = (Log::slow(200).await, Operator::new().await);
+    let (log, operator) = (AuditTable::slow(200).await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 1, "period": "5s", "limit": 200, "suspend": true })).await;
     let metadata = |metadata: Value| json!({ "metadata": metadata });
@@ -54,7 +54,7 @@ async fn an_object_that_is_being_deleted_is_swept_no_more_and_its_rows_are_count
     assert_eq!(status["lastSweep"]["outcome"], json!("Stopped"));
     // Neither on schedule, which has it due at once, nor when asked.
     patch(metadata(json!({ "annotations": { "auditlog.dev/requestedAt": "now" } }))).await;
-    let other = Log::new().await;
+    let other = AuditTable::new().await;
     operator.secret("other", &[("uri", &other.database.uri())]).await;
     let database = json!({ "secretRef": { "name": "other" }, "tls": { "mode": "Disable" } });
     operator.apply("other", json!({ "database": database, "period": "1h" })).await;
@@ -62,7 +62,7 @@ async fn an_object_that_is_being_deleted_is_swept_no_more_and_its_rows_are_count
     assert_eq!(log.trail().await.len(), 1);
     assert_eq!(json!(operator.api().get("app").await.unwrap().status), status);
     patch(metadata(json!({ "finalizers": null }))).await;
-    eventually("the object to be gone", PATIENCE, async || {
+    eventually("the object to be gone", WAIT_TIMEOUT, async || {
         let object: Option<AuditLogSweeper> = operator.api().get_opt("app").await.map_err(|error| error.to_string())?;
         object.map_or(Ok(()), |object| Err(format!("{:?}", object.metadata)))
     })
@@ -76,7 +76,7 @@ async fn label(operator: &Operator, name: &str, shard: &str) {
 
 #[tokio::test]
 async fn an_object_that_goes_to_another_install_during_its_sweep_is_left_to_that() {
-    let (log, mut operator) = (Log::slow(200).await, Operator::absent().await);
+    let (log, mut operator) = (AuditTable::slow(200).await, Operator::absent().await);
     operator.secret_for(&log).await;
     allow(
         &operator.client,
@@ -112,7 +112,7 @@ async fn an_object_that_goes_to_another_install_during_its_sweep_is_left_to_that
 
 #[tokio::test]
 async fn an_object_that_goes_to_another_install_while_it_waits_for_its_turn_is_left_to_that() {
-    let (slow, log, mut operator) = (Log::slow(60).await, Log::new().await, Operator::absent().await);
+    let (slow, log, mut operator) = (AuditTable::slow(60).await, AuditTable::new().await, Operator::absent().await);
     log.start_many(3).await;
     operator.secret("slow", &[("uri", &slow.database.uri())]).await;
     operator.secret_for(&log).await;
@@ -125,7 +125,7 @@ async fn an_object_that_goes_to_another_install_while_it_waits_for_its_turn_is_l
     create("holder", json!({ "database": database, "batchSize": 1, "period": "1h" })).await;
     slow.until_swept(1).await;
     create("moves", json!({ "period": "1h", "limit": 1 })).await;
-    eventually("it to wait for its turn", PATIENCE, async || {
+    eventually("it to wait for its turn", WAIT_TIMEOUT, async || {
         let sessions = log.sweeping_sessions().await;
         if sessions.is_empty() { Err("nobody is connected".to_owned()) } else { Ok(()) }
     })

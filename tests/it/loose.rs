@@ -8,19 +8,19 @@ use serde_json::{Value, json};
 use support::process::output;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, has, replica};
-use crate::fixtures::{Log, Own};
+use crate::fixtures::operator::{WAIT_TIMEOUT, has, replica};
+use crate::fixtures::{AuditTable, DedicatedControlPlane};
 
 #[tokio::test]
 async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
     // For its own CRD.
-    let Own { plane, client, namespace, scratch, config } = Own::new().await;
+    let DedicatedControlPlane { plane, client, namespace, scratch, config } = DedicatedControlPlane::new().await;
     let loose = json!([{ "op": "replace", "path": "/spec/versions/0/schema/openAPIV3Schema/properties/spec",
         "value": { "type": "object", "x-kubernetes-preserve-unknown-fields": true } }]);
     let crd = ["patch", "crd", "auditlogsweepers.auditlog.dev", "--type=json", "-p"];
     output(plane.kubectl().args(crd).arg(loose.to_string())).unwrap();
 
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start(1, "2 h").await;
     log.start(2, "1 s").await;
     let secret = json!({ "apiVersion": "v1", "kind": "Secret", "metadata": { "name": "db", "namespace": namespace }, "stringData": { "uri": log.database.uri() } });
@@ -51,11 +51,11 @@ async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
     ];
     for (name, rest, _) in &wrong {
         // The API server takes the looser schema up a moment later.
-        eventually("an object to be let in", PATIENCE, async || apply(name, rest.clone()).await).await;
+        eventually("an object to be let in", WAIT_TIMEOUT, async || apply(name, rest.clone()).await).await;
     }
     let _operator = replica("operator", &config, &scratch, &namespace, &[]);
     let shown = |name: &'static str, wanted: &'static str| {
-        eventually(name, PATIENCE, async move || {
+        eventually(name, WAIT_TIMEOUT, async move || {
             let object = objects.get(name).await.map_err(|error| error.to_string())?;
             let status = object.data["status"].clone();
             if has(&status, wanted) { Ok(status) } else { Err(format!("{status:#}")) }

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use support::process::{Process, output};
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, ask, has, probe, replica};
-use crate::fixtures::{Log, Operator};
+use crate::fixtures::operator::{WAIT_TIMEOUT, ask, has, probe, replica};
+use crate::fixtures::{AuditTable, Operator};
 
 pub const PREFIX: &str = "audit_log_sweeper_";
 
@@ -196,7 +196,7 @@ fn expected(status: &Value, period: f64) -> BTreeMap<&'static str, f64> {
 
 /// Waits until the metrics of an object say what its status says by then, and gives the scrape back.
 pub async fn until_as_status(operator: &Operator, name: &str, period: f64) -> Scrape {
-    eventually("the metrics to be as the status", PATIENCE, async || {
+    eventually("the metrics to be as the status", WAIT_TIMEOUT, async || {
         let status = json!(operator.api().get(name).await.map_err(|error| error.to_string())?.status);
         let scrape = Scrape::of(&operator.log()).await?;
         let (found, expected) = (scrape.gauges(operator, name), expected(&status, period));
@@ -211,7 +211,7 @@ fn is_process(name: &str) -> bool {
 
 #[tokio::test]
 async fn every_value_is_that_of_the_status_and_goes_with_the_object() {
-    let (log, mut operator) = (Log::new().await, Operator::new().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(3).await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "limit": 2, "period": "1h" })).await;
@@ -268,7 +268,7 @@ async fn every_value_is_that_of_the_status_and_goes_with_the_object() {
     assert_eq!(scrape.sweeps(&operator, "app", "Drained", "Request"), None);
 
     operator.api().delete("app", &DeleteParams::default()).await.unwrap();
-    eventually("the series to go", PATIENCE, async || {
+    eventually("the series to go", WAIT_TIMEOUT, async || {
         let scrape = Scrape::of(&operator.log()).await?;
         let objects = scrape.value("objects", &[]) == Some(2.0);
         if objects && scrape.objects() == ["bad", "off"].into() { Ok(()) } else { Err(format!("{scrape:?}")) }
@@ -278,14 +278,14 @@ async fn every_value_is_that_of_the_status_and_goes_with_the_object() {
 
 #[tokio::test]
 async fn sweeps_in_flight_are_seen_and_slots_are_met() {
-    let (log, operator) = (Log::slow(20).await, Operator::new().await);
+    let (log, operator) = (AuditTable::slow(20).await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 1, "period": "5s" })).await;
     log.until_swept(1).await;
     let scrape = Scrape::of(&operator.log()).await.unwrap();
     assert_eq!(scrape.value("sweeps_in_flight", &[]), Some(1.0), "{scrape:?}");
     assert_eq!(scrape.value("schedule_lag_seconds_count", &[]), Some(0.0), "the first is for the creation");
-    eventually("a sweep of the schedule", PATIENCE, async || {
+    eventually("a sweep of the schedule", WAIT_TIMEOUT, async || {
         let scrape = Scrape::of(&operator.log()).await?;
         let of_schedule = scrape.sweeps(&operator, "app", "Drained", "Schedule") >= Some(1.0);
         let counted = scrape.value("schedule_lag_seconds_count", &[]) >= Some(1.0);
@@ -296,7 +296,7 @@ async fn sweeps_in_flight_are_seen_and_slots_are_met() {
 
 #[tokio::test]
 async fn without_object_metrics_only_the_process_is_shown() {
-    let (log, mut operator) = (Log::new().await, Operator::absent().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.start_with(&["--object-metrics=false"]).await;
     operator.apply("app", json!({})).await;
@@ -309,7 +309,7 @@ async fn without_object_metrics_only_the_process_is_shown() {
 
 #[tokio::test]
 async fn a_replica_that_does_not_lead_shows_no_object_until_it_does() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
     let config = operator.kubeconfig(None).await;
     let start = |pod: &str| replica(pod, &config, &operator.scratch, &operator.namespace, &["--lease-duration=3s"]);
@@ -325,11 +325,11 @@ async fn a_replica_that_does_not_lead_shows_no_object_until_it_does() {
     let first = start("a");
     operator.apply("app", json!({ "period": "1h" })).await;
     operator.until("app", "the first sweep", |s| has(s, "Ready=True/Swept")).await;
-    eventually("the leader's series", PATIENCE, async || shown(&first, 1.0, ["app"].into()).await).await;
+    eventually("the leader's series", WAIT_TIMEOUT, async || shown(&first, 1.0, ["app"].into()).await).await;
     let second = start("b");
-    eventually("the other's lack of them", PATIENCE, async || shown(&second, 0.0, [].into()).await).await;
+    eventually("the other's lack of them", WAIT_TIMEOUT, async || shown(&second, 0.0, [].into()).await).await;
     drop(first);
-    eventually("the takeover", PATIENCE, async || shown(&second, 1.0, ["app"].into()).await).await;
+    eventually("the takeover", WAIT_TIMEOUT, async || shown(&second, 1.0, ["app"].into()).await).await;
 }
 
 #[tokio::test]
@@ -341,7 +341,7 @@ async fn failed_api_requests_are_counted_by_operation() {
     accounts.create(&Default::default(), &account).await.unwrap();
     let token = operator.plane.service_account_token(&operator.namespace, "nobody").await.unwrap();
     operator.start_as(&token, &[]);
-    eventually("the failures", PATIENCE, async || {
+    eventually("the failures", WAIT_TIMEOUT, async || {
         let scrape = Scrape::of(&operator.log()).await?;
         let failed = |operation| scrape.value("api_request_failures_total", &[("operation", operation)]);
         let counted = failed("watch") >= Some(1.0) && failed("lease") >= Some(1.0);

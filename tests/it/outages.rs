@@ -7,13 +7,13 @@ use std::time::Duration;
 use support::postgres::{PostgresOptions, PostgresServer, Shutdown};
 
 use crate::fixtures::operator::has;
-use crate::fixtures::relay::Course;
-use crate::fixtures::{Log, Operator, Relay};
+use crate::fixtures::tcp_fault_proxy::Course;
+use crate::fixtures::{AuditTable, Operator, TcpFaultProxy};
 
 #[tokio::test]
 async fn a_server_that_is_away_for_three_periods_is_swept_again_on_the_grid() {
     let mut server = PostgresServer::start(PostgresOptions::default()).await.unwrap();
-    let (log, operator) = (Log::on(&server).await, Operator::new().await);
+    let (log, operator) = (AuditTable::on(&server).await, Operator::new().await);
     log.start_many(2).await;
     operator.secret_for(&log).await;
     let object = operator.apply("app", json!({ "period": "5s", "limit": 1 })).await;
@@ -37,7 +37,7 @@ async fn a_server_that_is_away_for_three_periods_is_swept_again_on_the_grid() {
 
 #[tokio::test]
 async fn a_secret_rotated_during_a_sweep_fails_neither_it_nor_the_next() {
-    let (log, operator) = (Log::slow(40).await, Operator::new().await);
+    let (log, operator) = (AuditTable::slow(40).await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "5s", "batchSize": 1, "limit": 40 })).await;
     log.until_swept(2).await;
@@ -51,8 +51,8 @@ async fn a_secret_rotated_during_a_sweep_fails_neither_it_nor_the_next() {
 }
 
 /// A second server with the same database, and a table of its own.
-async fn twin(log: &Log, server: &PostgresServer) -> Log {
-    let other = Log::on(server).await;
+async fn twin(log: &AuditTable, server: &PostgresServer) -> AuditTable {
+    let other = AuditTable::on(server).await;
     let (mine, theirs) = (&log.database, &other.database);
     let admin = server.connect("postgres").await.unwrap();
     let sql = format!("CREATE ROLE {} LOGIN PASSWORD '{}' IN ROLE {} INHERIT", mine.user, mine.password, theirs.user);
@@ -69,15 +69,15 @@ async fn twin(log: &Log, server: &PostgresServer) -> Log {
     let mut database = other.database;
     database.name.clone_from(&mine.name);
     let client = database.client().await.unwrap();
-    Log { database, client, pooler: None }
+    AuditTable { database, client, pooler: None }
 }
 
 #[tokio::test]
 async fn a_failover_behind_one_name_is_followed() {
-    let (old, new) = (Log::slow(1000).await, PostgresServer::start(PostgresOptions::default()).await.unwrap());
+    let (old, new) = (AuditTable::slow(1000).await, PostgresServer::start(PostgresOptions::default()).await.unwrap());
     let new = twin(&old, &new).await.and_keep(new);
     new.log.start_many(3).await;
-    let relay = Relay::new(old.database.port).await;
+    let relay = TcpFaultProxy::new(old.database.port).await;
     let operator = Operator::new().await;
     let uri = old.database.uri().replace(&format!(":{}/", old.database.port), &format!(":{}/", relay.address.port()));
     operator.secret("db", &[("uri", &uri)]).await;
@@ -94,12 +94,12 @@ async fn a_failover_behind_one_name_is_followed() {
 
 #[tokio::test]
 async fn of_two_hosts_the_one_that_takes_writes_is_swept() {
-    let (old, new) = (Log::new().await, PostgresServer::start(PostgresOptions::default()).await.unwrap());
+    let (old, new) = (AuditTable::new().await, PostgresServer::start(PostgresOptions::default()).await.unwrap());
     let new = twin(&old, &new).await.and_keep(new);
     old.start_many(1).await;
     new.log.start_many(3).await;
     let operator = Operator::new().await;
-    let at = |log: &Log| format!("127.0.0.1:{}", log.database.port);
+    let at = |log: &AuditTable| format!("127.0.0.1:{}", log.database.port);
     let both = format!("{},{}", at(&old), at(&new.log));
     let uri = format!("{}?target_session_attrs=read-write", old.database.uri().replace(&at(&old), &both));
     operator.secret("db", &[("uri", &uri)]).await;
@@ -119,11 +119,11 @@ async fn of_two_hosts_the_one_that_takes_writes_is_swept() {
 
 /// A log on a server that lives as long as it.
 struct Kept {
-    log: Log,
+    log: AuditTable,
     _server: PostgresServer,
 }
 
-impl Log {
+impl AuditTable {
     fn and_keep(self, server: PostgresServer) -> Kept {
         Kept { log: self, _server: server }
     }

@@ -17,8 +17,8 @@ use support::leaks;
 use support::scratch::Scratch;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, allow, has};
-use crate::fixtures::{Log, Operator, Own};
+use crate::fixtures::operator::{WAIT_TIMEOUT, allow, has};
+use crate::fixtures::{AuditTable, DedicatedControlPlane, Operator};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_audit-log-sweeper");
 
@@ -74,7 +74,7 @@ impl Operator {
 
 #[tokio::test]
 async fn status_shows_one_and_all_and_sweep_now_waits_for_the_end() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     let (code, out, err) = operator.sweeper(&["status"]).await;
     let none = format!("there is no AuditLogSweeper in namespace {}\n", operator.namespace);
@@ -129,7 +129,7 @@ async fn status_shows_one_and_all_and_sweep_now_waits_for_the_end() {
 
 #[tokio::test]
 async fn suspend_and_resume_say_so_when_there_is_nothing_to_do() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "8760h" })).await;
     operator.until("app", "the first sweep", |s| has(s, "Ready=True/Swept")).await;
@@ -162,7 +162,7 @@ async fn suspend_and_resume_say_so_when_there_is_nothing_to_do() {
 
 #[tokio::test]
 async fn a_request_that_fails_or_is_not_answered_exits_with_1() {
-    let (log, mut operator) = (Log::new().await, Operator::new().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "8760h" })).await;
     operator.until("app", "the first sweep", |s| has(s, "Ready=True/Swept")).await;
@@ -187,7 +187,7 @@ async fn a_request_that_fails_or_is_not_answered_exits_with_1() {
 
 #[tokio::test]
 async fn requests_that_come_at_once_are_all_answered() {
-    let (log, operator) = (Log::slow(20).await, Operator::new().await);
+    let (log, operator) = (AuditTable::slow(20).await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "8760h", "batchSize": 1, "limit": 6 })).await;
     operator.until("app", "the first sweep", |s| has(s, "Ready=True/LimitReached")).await;
@@ -201,7 +201,7 @@ async fn requests_that_come_at_once_are_all_answered() {
 #[tokio::test]
 async fn who_waits_outlives_an_api_server_and_is_told_of_a_deletion() {
     // For its own API server, which it stops; without an operator, so that there is no answer.
-    let Own { mut plane, namespace, scratch, .. } = Own::new().await;
+    let DedicatedControlPlane { mut plane, namespace, scratch, .. } = DedicatedControlPlane::new().await;
     let file = json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app" },
         "spec": { "database": { "secretRef": { "name": "db" } } } });
     let file = scratch.write("app.json", file.to_string(), None).unwrap().display().to_string();
@@ -211,7 +211,7 @@ async fn who_waits_outlives_an_api_server_and_is_told_of_a_deletion() {
     kubectl.env("PATH", path(&scratch));
     let waiting = tokio::task::spawn_blocking(move || ran(&mut kubectl));
     let asked = async |plane: &support::control_plane::ControlPlane| {
-        eventually("the request", PATIENCE, async || {
+        eventually("the request", WAIT_TIMEOUT, async || {
             let shown = support::process::output(plane.kubectl().args([
                 "get",
                 "als",
@@ -277,7 +277,7 @@ fn who_has_seen_enough_is_not_told_of_it() {
 
 #[tokio::test]
 async fn check_reads_the_object_and_its_secret_from_the_cluster() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     operator.apply("app", json!({})).await;
     let (code, out, err) = operator.sweeper(&["check", "app"]).await;
     assert_eq!((code, err.as_str()), (1, ""), "{out}");
@@ -320,7 +320,7 @@ async fn check_reads_the_object_and_its_secret_from_the_cluster() {
 
 #[tokio::test]
 async fn who_lacks_a_right_is_told_which() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({})).await;
     let may =
@@ -388,7 +388,7 @@ async fn what_stands_between_us_and_the_cluster_is_told() {
 
 #[tokio::test]
 async fn a_cluster_without_the_crd_is_told_from_one_without_the_object() {
-    let own = Own::new().await;
+    let own = DedicatedControlPlane::new().await;
     let run = |args: &[&str]| ran(ours(args).args(["-n", &own.namespace]).env("KUBECONFIG", own.plane.kubeconfig()));
     let (code, _, err) = run(&["sweep-now", "app"]);
     assert!(code == 2 && err.contains("there is no AuditLogSweeper app in namespace"), "{err}");
@@ -396,7 +396,7 @@ async fn a_cluster_without_the_crd_is_told_from_one_without_the_object() {
         Api::all(own.client.clone());
     crds.delete("auditlogsweepers.auditlog.dev", &DeleteParams::default()).await.unwrap();
     let api: Api<AuditLogSweeper> = Api::all(own.client.clone());
-    eventually("the CRD to be gone", PATIENCE, async || match api.list(&Default::default()).await {
+    eventually("the CRD to be gone", WAIT_TIMEOUT, async || match api.list(&Default::default()).await {
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         other => Err(format!("{other:?}")),
     })

@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 use support::process::{Process, output};
 use support::wait::eventually;
 
-use crate::fixtures::log::assert_one_swept_at_a_time;
-use crate::fixtures::operator::{PATIENCE, RELEASE, allow, probe, replica, until_says};
-use crate::fixtures::{Log, Operator, Own};
+use crate::fixtures::audit_table::assert_one_swept_at_a_time;
+use crate::fixtures::operator::{RELEASE, WAIT_TIMEOUT, allow, probe, replica, until_says};
+use crate::fixtures::{AuditTable, DedicatedControlPlane, Operator};
 
 /// Waits until it is not ready for this alone.
 async fn until_waits_for(process: &Process, what: &str) {
-    eventually("the complaint", PATIENCE, async || match probe(&process.log_tail(usize::MAX), "/readyz").await {
+    eventually("the complaint", WAIT_TIMEOUT, async || match probe(&process.log_tail(usize::MAX), "/readyz").await {
         Err(said) if said.contains(&format!("waiting for {what}")) && said.matches("waiting for").count() == 1 => {
             Ok(())
         }
@@ -24,7 +24,7 @@ async fn until_waits_for(process: &Process, what: &str) {
 }
 
 async fn until_ready(process: &Process) {
-    eventually("readiness", PATIENCE, async || probe(&process.log_tail(usize::MAX), "/readyz").await).await;
+    eventually("readiness", WAIT_TIMEOUT, async || probe(&process.log_tail(usize::MAX), "/readyz").await).await;
 }
 
 #[tokio::test]
@@ -43,7 +43,7 @@ async fn a_lease_that_nobody_can_have_is_waited_for() {
 
 #[tokio::test]
 async fn each_right_that_is_missing_is_waited_for_and_taken_up() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start(1, "2 h").await;
     let operator = Operator::absent().await;
     operator.secret_for(&log).await;
@@ -80,8 +80,8 @@ async fn each_right_that_is_missing_is_waited_for_and_taken_up() {
 #[tokio::test]
 async fn a_crd_without_a_field_of_the_status_is_waited_for_and_costs_no_count() {
     // For its own CRD.
-    let Own { plane, client, namespace, scratch, config } = Own::new().await;
-    let log = Log::new().await;
+    let DedicatedControlPlane { plane, client, namespace, scratch, config } = DedicatedControlPlane::new().await;
+    let log = AuditTable::new().await;
     log.start_many(3).await;
     let kubectl = |args: &[&str]| output(plane.kubectl().args(args)).unwrap();
     let apply = |what: &Value| {
@@ -106,7 +106,7 @@ async fn a_crd_without_a_field_of_the_status_is_waited_for_and_costs_no_count() 
     kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &crd.display().to_string()]);
     until_ready(&process).await;
     let objects: Api<audit_log_sweeper::api::AuditLogSweeper> = Api::namespaced(client, &namespace);
-    let status = eventually("the counts", PATIENCE, async || {
+    let status = eventually("the counts", WAIT_TIMEOUT, async || {
         let status = json!(objects.get("app").await.unwrap().status);
         if status["totals"]["timedOut"] == json!(3) { Ok(status) } else { Err(format!("{status:#}")) }
     })
@@ -118,7 +118,7 @@ async fn a_crd_without_a_field_of_the_status_is_waited_for_and_costs_no_count() 
 
 #[tokio::test]
 async fn a_namespace_that_is_named_twice_is_worked_in_once() {
-    let (log, operator) = (Log::slow(40).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::slow(40).await, Operator::absent().await);
     operator.secret_for(&log).await;
     let again = format!("--namespace={}", operator.namespace);
     let config = operator.kubeconfig(None).await;

@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 use support::process::{Process, output};
 use support::wait::eventually;
 
-use crate::fixtures::log::assert_one_swept_at_a_time;
-use crate::fixtures::operator::{PATIENCE, RELEASE, has, port, probe, replica, until_says};
-use crate::fixtures::relay::Course;
-use crate::fixtures::{Log, Operator, Own, Relay};
+use crate::fixtures::audit_table::assert_one_swept_at_a_time;
+use crate::fixtures::operator::{RELEASE, WAIT_TIMEOUT, has, port, probe, replica, until_says};
+use crate::fixtures::tcp_fault_proxy::Course;
+use crate::fixtures::{AuditTable, DedicatedControlPlane, Operator, TcpFaultProxy};
 
 /// With it the holder gives up after 2 s, and renews every 0.4 s.
 const SHORT: &str = "--lease-duration=3s";
@@ -68,14 +68,14 @@ fn assert_one_led_at_a_time(logs: &[String]) {
 
 #[tokio::test]
 async fn of_two_replicas_one_sweeps_and_both_are_ready() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     let config = operator.kubeconfig(None).await;
     let a = start(&operator, "a", &config, &[]);
     until_held_by(&leases(&operator), "a").await;
     let b = start(&operator, "b", &config, &[]);
     for process in [&a, &b] {
         let ready =
-            eventually("readiness", PATIENCE, async || probe(&process.log_tail(usize::MAX), "/readyz").await).await;
+            eventually("readiness", WAIT_TIMEOUT, async || probe(&process.log_tail(usize::MAX), "/readyz").await).await;
         assert_eq!(ready, "ready\n");
         assert_eq!(probe(&process.log_tail(usize::MAX), "/healthz").await.unwrap(), "serving\n");
     }
@@ -109,7 +109,7 @@ async fn sigterm_hands_over_within_two_seconds() {
 
 #[tokio::test]
 async fn sigterm_during_a_sweep_hands_its_rest_over_within_five_seconds() {
-    let (log, operator) = (Log::slow(200).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::slow(200).await, Operator::absent().await);
     let config = operator.kubeconfig(None).await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 4, "limit": 60, "period": "1h" })).await;
@@ -145,7 +145,7 @@ async fn sigterm_during_a_sweep_hands_its_rest_over_within_five_seconds() {
 
 #[tokio::test]
 async fn a_killed_leader_is_followed_within_the_leases_time() {
-    let (log, operator) = (Log::slow(40).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::slow(40).await, Operator::absent().await);
     let config = operator.kubeconfig(None).await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
@@ -166,11 +166,11 @@ async fn a_killed_leader_is_followed_within_the_leases_time() {
 
 /// Two replicas and a table that takes long: the first leads and sweeps, and hears the API server through a relay; the
 /// second stands by.
-async fn first_behind_a_relay() -> (Log, Operator, Relay, Process, Process) {
-    let (log, operator) = (Log::slow(1000).await, Operator::absent().await);
+async fn first_behind_a_relay() -> (AuditTable, Operator, TcpFaultProxy, Process, Process) {
+    let (log, operator) = (AuditTable::slow(1000).await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
-    let relay = Relay::new(port(operator.plane)).await;
+    let relay = TcpFaultProxy::new(port(operator.plane)).await;
     let a = start(&operator, "a", &operator.kubeconfig(Some(&relay)).await, &[SHORT]);
     log.until_swept(4).await;
     let b = start(&operator, "b", &operator.kubeconfig(None).await, &[SHORT]);
@@ -183,7 +183,7 @@ async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts()
     let (log, operator, relay, a, b) = first_behind_a_relay().await;
     relay.set(Course::Deaf);
     until_held_by(&leases(&operator), "b").await;
-    eventually("the second to sweep", PATIENCE, async || {
+    eventually("the second to sweep", WAIT_TIMEOUT, async || {
         let trail = log.trail().await;
         if trail.len() == 2 { Ok(()) } else { Err(format!("{trail:?}")) }
     })
@@ -199,7 +199,7 @@ async fn a_leader_cut_off_from_the_api_server_stops_before_the_next_one_starts()
     b.signal(Signal::SIGTERM).unwrap();
     until_held_by(&leases(&operator), "a").await;
     a.signal(Signal::SIGTERM).unwrap();
-    eventually("the end", PATIENCE, async || {
+    eventually("the end", WAIT_TIMEOUT, async || {
         let log = a.log_tail(usize::MAX);
         if log.contains("given back") { Ok(()) } else { Err(log) }
     })
@@ -229,10 +229,10 @@ async fn the_counts_of_a_lost_lead_are_published_without_it() {
 
 #[tokio::test]
 async fn a_leader_that_comes_back_goes_by_what_the_other_left() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "1h" })).await;
-    let relay = Relay::new(port(operator.plane)).await;
+    let relay = TcpFaultProxy::new(port(operator.plane)).await;
     let a = start(&operator, "a", &operator.kubeconfig(Some(&relay)).await, &[SHORT]);
     operator.until("app", "its sweep", |s| s["totals"]["sweeps"] == json!(1)).await;
     relay.set(Course::Deaf);
@@ -253,7 +253,7 @@ async fn a_leader_that_comes_back_goes_by_what_the_other_left() {
 
 #[tokio::test]
 async fn without_an_election_there_is_no_lease() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     log.start(1, "2 h").await;
     operator.secret_for(&log).await;
     let a = start(&operator, "a", &operator.kubeconfig(None).await, &["--leader-elect=false"]);
@@ -310,7 +310,7 @@ async fn a_deleted_lease_stays_with_its_holder() {
     until_says(&b, "watching").await;
     for _ in 0..5 {
         leases.delete(RELEASE.1, &DeleteParams::default()).await.unwrap();
-        eventually("the lease to be there again", PATIENCE, async || holder(&leases).await).await;
+        eventually("the lease to be there again", WAIT_TIMEOUT, async || holder(&leases).await).await;
         assert_eq!(holder(&leases).await.unwrap(), "a");
     }
     assert_one_led_at_a_time(&[a.log_tail(usize::MAX), b.log_tail(usize::MAX)]);
@@ -319,7 +319,7 @@ async fn a_deleted_lease_stays_with_its_holder() {
 #[tokio::test]
 async fn an_api_server_that_was_gone_for_a_minute_finds_one_leader_and_both_processes() {
     // For its own API server, which it stops.
-    let Own { mut plane, namespace, scratch, config, .. } = Own::new().await;
+    let DedicatedControlPlane { mut plane, namespace, scratch, config, .. } = DedicatedControlPlane::new().await;
     let mut processes = ["a", "b"].map(|pod| replica(pod, &config, &scratch, &namespace, &[SHORT]));
     for process in &processes {
         until_says(process, "watching").await;
@@ -332,10 +332,11 @@ async fn an_api_server_that_was_gone_for_a_minute_finds_one_leader_and_both_proc
         };
         processes.iter().filter(|process| leads(process)).count()
     };
-    eventually("a leader", PATIENCE, async || if leading(&processes) == 1 { Ok(()) } else { Err(String::new()) }).await;
+    eventually("a leader", WAIT_TIMEOUT, async || if leading(&processes) == 1 { Ok(()) } else { Err(String::new()) })
+        .await;
     plane.stop_api_server();
     let gone = Instant::now();
-    eventually("nobody to lead", PATIENCE, async || {
+    eventually("nobody to lead", WAIT_TIMEOUT, async || {
         let logs = processes.each_ref().map(|process| process.log_tail(usize::MAX));
         let lost = logs.iter().any(|log| log.contains("lost the lease"));
         if lost && leading(&processes) == 0 { Ok(()) } else { Err(logs.join("\n---\n")) }
@@ -348,14 +349,14 @@ async fn an_api_server_that_was_gone_for_a_minute_finds_one_leader_and_both_proc
         assert_eq!(probe(&process.log_tail(usize::MAX), "/healthz").await.unwrap(), "serving\n");
     }
     plane.start_api_server().await.unwrap();
-    eventually("a leader again", PATIENCE, async || {
+    eventually("a leader again", WAIT_TIMEOUT, async || {
         let logs = processes.each_ref().map(|process| process.log_tail(usize::MAX));
         if leading(&processes) == 1 { Ok(()) } else { Err(logs.join("\n---\n")) }
     })
     .await;
     for process in &mut processes {
         assert!(process.is_running(), "{}", process.log_tail(50));
-        eventually("readiness", PATIENCE, async || probe(&process.log_tail(usize::MAX), "/readyz").await).await;
+        eventually("readiness", WAIT_TIMEOUT, async || probe(&process.log_tail(usize::MAX), "/readyz").await).await;
     }
     assert_one_led_at_a_time(&processes.each_ref().map(|process| process.log_tail(usize::MAX)));
     drop(output(plane.kubectl().args(["delete", "namespace", &namespace, "--wait=false"])));

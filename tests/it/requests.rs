@@ -5,8 +5,8 @@ use support::process::output;
 use support::scratch::Scratch;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, has, replica};
-use crate::fixtures::{Log, Operator, Own};
+use crate::fixtures::operator::{WAIT_TIMEOUT, has, replica};
+use crate::fixtures::{AuditTable, DedicatedControlPlane, Operator};
 
 impl Operator {
     /// Asks for a sweep, as the README says.
@@ -17,7 +17,7 @@ impl Operator {
 
     /// The events of the object, oldest first: type and reason, how often if more than once, and the notes.
     async fn events(&self, least: usize) -> Vec<(String, String)> {
-        eventually("the events", PATIENCE, async || {
+        eventually("the events", WAIT_TIMEOUT, async || {
             let list = output(self.kubectl().args(["get", "events.events.k8s.io", "-o", "json"])).unwrap();
             let list: Value = serde_json::from_str(&list).unwrap();
             let mut events: Vec<_> = list["items"].as_array().unwrap().clone();
@@ -43,7 +43,7 @@ fn reasons(events: &[(String, String)]) -> Vec<&str> {
 
 #[tokio::test]
 async fn each_new_value_is_one_sweep_and_no_more() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "8760h", "limit": 2 })).await;
     let first = operator.until("app", "the first sweep", |s| s["totals"]["sweeps"] == json!(1)).await;
@@ -81,7 +81,7 @@ async fn each_new_value_is_one_sweep_and_no_more() {
 
 #[tokio::test]
 async fn a_failed_request_counts_and_moves_nothing() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "8760h" })).await;
     let before = operator.until("app", "the first sweep", |s| s["totals"]["sweeps"] == json!(1)).await;
@@ -107,7 +107,7 @@ async fn a_failed_request_counts_and_moves_nothing() {
 
 #[tokio::test]
 async fn on_creation_the_first_sweep_answers_and_while_suspended_none_does() {
-    let (log, mut operator) = (Log::new().await, Operator::absent().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "8760h" })).await;
     operator.request("early");
@@ -135,7 +135,7 @@ async fn on_creation_the_first_sweep_answers_and_while_suspended_none_does() {
 
 #[tokio::test]
 async fn observe_becomes_apply_by_an_edit_and_a_request() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(3).await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "8760h", "mode": "Observe" })).await;
@@ -151,7 +151,7 @@ async fn observe_becomes_apply_by_an_edit_and_a_request() {
 
 #[tokio::test]
 async fn a_missing_index_is_told_and_its_creation_seen() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     log.start(1, "2 h").await;
     let indexes = log
         .query(
@@ -176,7 +176,7 @@ async fn a_missing_index_is_told_and_its_creation_seen() {
 
 #[tokio::test]
 async fn a_time_that_no_sweep_can_have_is_repaired_and_told() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "1h" })).await;
     operator.until("app", "the first sweep", |s| s["lastSweep"] != Value::Null).await;
@@ -192,7 +192,7 @@ async fn a_time_that_no_sweep_can_have_is_repaired_and_told() {
 
 #[tokio::test]
 async fn quiet_sweeps_write_once_each_tell_nothing_and_log_at_debug() {
-    let (log, mut operator) = (Log::new().await, Operator::new().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "5s" })).await;
     let status = operator.until("app", "four sweeps", |s| s["totals"]["sweeps"].as_i64() >= Some(4)).await;
@@ -219,7 +219,7 @@ async fn quiet_sweeps_write_once_each_tell_nothing_and_log_at_debug() {
 
 #[tokio::test]
 async fn rows_timed_out_are_a_warning_and_failures_an_error_in_the_log() {
-    let (log, mut operator) = (Log::new().await, Operator::new().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(2).await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "8760h" })).await;
@@ -239,7 +239,7 @@ async fn rows_timed_out_are_a_warning_and_failures_an_error_in_the_log() {
 
 #[tokio::test]
 async fn helm_waits_until_an_object_of_a_release_was_swept() {
-    let (log, mut operator) = (Log::new().await, Operator::absent().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::absent().await);
     let scratch = Scratch::new(None).unwrap();
     std::fs::create_dir(scratch.path().join("templates")).unwrap();
     scratch.write("Chart.yaml", "apiVersion: v2\nname: app\nversion: 0.1.0\n", None).unwrap();
@@ -275,7 +275,7 @@ async fn helm_waits_until_an_object_of_a_release_was_swept() {
 
 #[tokio::test]
 async fn what_another_manager_wrote_into_the_status_stays() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "8760h" })).await;
     operator.until("app", "the first sweep", |s| s["lastSweep"] != Value::Null).await;
@@ -293,7 +293,7 @@ async fn what_another_manager_wrote_into_the_status_stays() {
 
 #[tokio::test]
 async fn a_status_that_is_refused_repeats_no_sweep() {
-    let Own { plane, namespace, scratch, config, .. } = Own::new().await;
+    let DedicatedControlPlane { plane, namespace, scratch, config, .. } = DedicatedControlPlane::new().await;
     // As under another version's CRD: no message is short enough.
     let path =
         "/spec/versions/0/schema/openAPIV3Schema/properties/status/properties/lastError/properties/message/maxLength";
@@ -305,7 +305,7 @@ async fn a_status_that_is_refused_repeats_no_sweep() {
                   spec: {period: 8760h, database: {secretRef: {name: nowhere}}}\n";
     let file = scratch.write("app.yaml", object, None).unwrap();
     output(plane.kubectl().args(["apply", "-n", &namespace, "-f"]).arg(file)).unwrap();
-    let status = eventually("what can be written", PATIENCE, async || {
+    let status = eventually("what can be written", WAIT_TIMEOUT, async || {
         let text = output(plane.kubectl().args(["get", "als", "app", "-n", &namespace, "-o", "json"])).unwrap();
         let status = serde_json::from_str::<Value>(&text).unwrap()["status"].clone();
         if has(&status, "Ready=False/SecretNotFound") {

@@ -11,7 +11,7 @@ use support::random_hex;
 use support::scratch::Scratch;
 
 use crate::fixtures::operator::{RELEASE, conditions};
-use crate::fixtures::{Log, Operator, id};
+use crate::fixtures::{AuditTable, Operator, id};
 
 /// The URI in the samples.
 const PLACEHOLDER: &str = "postgresql://app_sweeper:change-me@app-postgres.default.svc:5432/app";
@@ -26,7 +26,7 @@ fn manifests(file: &str) -> String {
 struct Place {
     operator: Operator,
     server: &'static PostgresServer,
-    log: Log,
+    log: AuditTable,
     uri: String,
     _process: Process,
     scratch: Scratch,
@@ -34,7 +34,7 @@ struct Place {
 
 impl Place {
     async fn new() -> Self {
-        let (operator, log) = (Operator::absent().await, Log::new().await);
+        let (operator, log) = (Operator::absent().await, AuditTable::new().await);
         log.start_many(3).await;
         log.start(9, "10 min").await;
         let server = tokio::task::spawn_blocking(postgres::shared).await.unwrap();
@@ -231,7 +231,7 @@ async fn every_sample_is_one_of_those() {
 
 #[tokio::test]
 async fn the_sql_can_be_run_again_and_says_what_is_missing() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     let server = tokio::task::spawn_blocking(postgres::shared).await.unwrap();
     let admin = server.connect(&log.database.name).await.unwrap();
     let verify = async || -> Vec<(String, String)> {
@@ -280,7 +280,7 @@ async fn the_sql_can_be_run_again_and_says_what_is_missing() {
 
 #[tokio::test]
 async fn the_batch_for_those_without_the_operator_takes_what_a_sweep_takes() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(1003).await;
     log.start(2000, "3 h").await;
     assert_eq!(log.complete(7).await, 1);

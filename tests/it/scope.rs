@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 use support::process::{Program, output};
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, RELEASE, allow, namespace, probe, replica, until_says};
-use crate::fixtures::{Log, Operator, Own};
+use crate::fixtures::operator::{RELEASE, WAIT_TIMEOUT, allow, namespace, probe, replica, until_says};
+use crate::fixtures::{AuditTable, DedicatedControlPlane, Operator};
 
 #[tokio::test]
 async fn installs_with_selectors_share_a_namespace() {
-    let (log, mut operator) = (Log::new().await, Operator::absent().await);
+    let (log, mut operator) = (AuditTable::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
     log.start_many(3).await;
     operator.start_with(&["--selector=shard=a"]).await;
@@ -54,7 +54,7 @@ async fn label(operator: &Operator, name: &str, shard: &str) {
 
 #[tokio::test]
 async fn several_namespaces_need_only_roles_in_them() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     log.start_many(2).await;
     let (client, first) = (operator.client.clone(), operator.namespace.clone());
     let second = namespace(&client).await;
@@ -76,7 +76,7 @@ async fn several_namespaces_need_only_roles_in_them() {
     let process = replica("a", &config, &operator.scratch, &first, &[&also]);
     // It says where it may not, and works where it may.
     let ready = async || probe(&process.log_tail(usize::MAX), "/readyz").await;
-    eventually("the complaint", PATIENCE, async || match ready().await {
+    eventually("the complaint", WAIT_TIMEOUT, async || match ready().await {
         Err(said)
             if said.contains("waiting for the right to list and watch auditlogsweepers")
                 && said.matches("waiting for").count() == 1 =>
@@ -99,7 +99,7 @@ async fn several_namespaces_need_only_roles_in_them() {
     };
     let secret = json!({ "metadata": { "name": "db" }, "stringData": { "uri": log.database.uri() } });
     let swept = async |objects: &Api<AuditLogSweeper>| {
-        eventually("the sweep", PATIENCE, async || {
+        eventually("the sweep", WAIT_TIMEOUT, async || {
             let status = json!(objects.get("app").await.unwrap().status);
             if status["lastSweep"] != Value::Null { Ok(()) } else { Err(format!("{status:#}")) }
         })
@@ -109,7 +109,7 @@ async fn several_namespaces_need_only_roles_in_them() {
     assert_eq!(log.timed_out().await, [1]);
     let outside = sweep(&third, secret.clone()).await;
     allow(&client, &second, (&first, "roles-only"), &rules).await;
-    eventually("readiness", PATIENCE, ready).await;
+    eventually("readiness", WAIT_TIMEOUT, ready).await;
     swept(&sweep(&second, secret).await).await;
     assert_eq!(log.timed_out().await, [1, 2]);
     let untouched = json!(outside.get("app").await.unwrap().status);
@@ -119,14 +119,14 @@ async fn several_namespaces_need_only_roles_in_them() {
 #[tokio::test]
 async fn a_missing_crd_is_waited_for_aloud_and_a_new_one_is_taken_up() {
     // For its own CRD.
-    let Own { plane, namespace: name, scratch, config, .. } = Own::new().await;
+    let DedicatedControlPlane { plane, namespace: name, scratch, config, .. } = DedicatedControlPlane::new().await;
     let kubectl = |args: &[&str]| output(plane.kubectl().args(args)).unwrap();
     let crd = ["delete", "crd", "auditlogsweepers.auditlog.dev"];
     kubectl(&crd);
     let process = replica("a", &config, &scratch, &name, &[]);
     let ready = async || probe(&process.log_tail(usize::MAX), "/readyz").await;
     let waits = async || {
-        eventually("the complaint", PATIENCE, async || match ready().await {
+        eventually("the complaint", WAIT_TIMEOUT, async || match ready().await {
             Err(said) if said.contains("waiting for the CustomResourceDefinition auditlogsweepers.auditlog.dev") => {
                 Ok(())
             }
@@ -138,7 +138,7 @@ async fn a_missing_crd_is_waited_for_aloud_and_a_new_one_is_taken_up() {
     waits().await;
     until_says(&process, "cannot watch AuditLogSweepers").await;
 
-    let (log, file) = (Log::new().await, scratch.path().join("secret.json"));
+    let (log, file) = (AuditTable::new().await, scratch.path().join("secret.json"));
     log.start_many(2).await;
     let secret = json!({ "apiVersion": "v1", "kind": "Secret", "metadata": { "name": "db" }, "stringData": { "uri": log.database.uri() } });
     std::fs::write(&file, secret.to_string()).unwrap();
@@ -147,16 +147,16 @@ async fn a_missing_crd_is_waited_for_aloud_and_a_new_one_is_taken_up() {
         let printed = output(std::process::Command::new(env!("CARGO_BIN_EXE_audit-log-sweeper")).arg("crd")).unwrap();
         let crd_file = scratch.write("crd.yaml", printed, None).unwrap();
         kubectl(&["apply", "--server-side", "-f", &crd_file.display().to_string()]);
-        eventually("readiness", PATIENCE, ready).await;
+        eventually("readiness", WAIT_TIMEOUT, ready).await;
         let object = json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app" },
             "spec": { "timeout": "1h", "period": "1h", "limit": 1, "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Disable" } } } });
         let object = scratch.write("object.json", object.to_string(), None).unwrap();
-        eventually("the object to be taken", PATIENCE, async || {
+        eventually("the object to be taken", WAIT_TIMEOUT, async || {
             let file = object.display().to_string();
             output(plane.kubectl().args(["apply", "-n", &name, "-f", &file])).map_err(|error| error.to_string())
         })
         .await;
-        eventually("the sweep", PATIENCE, async || {
+        eventually("the sweep", WAIT_TIMEOUT, async || {
             let done = log.timed_out().await;
             if done == (1..=round).collect::<Vec<_>>() {
                 Ok(())

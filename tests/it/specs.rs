@@ -6,7 +6,7 @@ use audit_log_sweeper::api::status::{
     AuditLogSweeperStatus, Backlog, HistoryEntry, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger,
     Unsweepable,
 };
-use audit_log_sweeper::api::{AuditLogSweeper, AuditLogSweeperSpec, ConditionType, Reason, Verdict, conditions};
+use audit_log_sweeper::api::{AuditLogSweeper, AuditLogSweeperSpec, ConditionType, ConditionUpdate, Reason, condition};
 use chrono::DateTime;
 use kube::Resource;
 use kube::api::{ApiResource, PostParams};
@@ -16,7 +16,7 @@ use support::process::output;
 use support::wait::eventually;
 
 use crate::fixtures::Operator;
-use crate::fixtures::operator::PATIENCE;
+use crate::fixtures::operator::WAIT_TIMEOUT;
 
 fn object(fields: &Value) -> Value {
     let mut spec = json!({ "database": { "secretRef": { "name": "db" } } });
@@ -33,7 +33,7 @@ fn accepted() -> Vec<Value> {
         json!({ "database": { "secretRef": { "name": "db", "key": null }, "tls": null } }),
         json!({ "database": { "secretRef": { "name": "my.db-1" }, "tls": { "clientCertSecretRef": { "name": "me" } } } }),
         json!({ "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Require", "caSecretRef": { "name": "ca" } } } }),
-        json!({ "schema": "Audit.Log", "table": "my \"table\"; DROP", "columns": { "id": "Key" } }),
+        json!({ "schema": "Audit.AuditTable", "table": "my \"table\"; DROP", "columns": { "id": "Key" } }),
         json!({ "table": long }),
         json!({ "complete": [] }),
         json!({ "complete": null, "period": null, "limit": null }),
@@ -205,11 +205,11 @@ async fn a_maximal_status_is_accepted() {
     operator.apply("app", json!({})).await;
     let now = DateTime::from_timestamp(4_102_444_799, 999_999_999).unwrap();
     let text = "ä\"\\\n".repeat(2000);
-    let verdicts: Vec<_> =
-        ConditionType::ALL.iter().map(|t| Verdict::new(*t, None, *longest_reason(), text.clone())).collect();
+    let updates: Vec<_> =
+        ConditionType::ALL.iter().map(|t| ConditionUpdate::new(*t, None, *longest_reason(), text.clone())).collect();
     let status = AuditLogSweeperStatus {
         observed_generation: Some(i64::MAX),
-        conditions: conditions::apply(&[], &verdicts, i64::MAX, now),
+        conditions: condition::apply(&[], &updates, i64::MAX, now),
         last_schedule_time: Some(now),
         last_attempt_time: Some(now),
         last_successful_time: Some(now),
@@ -268,7 +268,7 @@ fn longest_reason() -> &'static Reason {
 async fn explain_reads_as_a_manual() {
     let operator = Operator::absent().await;
     // The API server publishes the descriptions a moment after the type.
-    let text = eventually("the manual", PATIENCE, async || {
+    let text = eventually("the manual", WAIT_TIMEOUT, async || {
         output(operator.kubectl().args(["explain", "als.spec.timeout"])).map_err(|error| error.to_string())
     })
     .await;

@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use support::process::Process;
 use support::wait::eventually;
 
-use crate::fixtures::operator::{PATIENCE, has, port, replica, until_says};
-use crate::fixtures::relay::Course;
-use crate::fixtures::{Gateway, Log, Operator, Relay};
+use crate::fixtures::operator::{WAIT_TIMEOUT, has, port, replica, until_says};
+use crate::fixtures::tcp_fault_proxy::Course;
+use crate::fixtures::{AuditTable, HttpFaultProxy, Operator, TcpFaultProxy};
 
 fn start(operator: &Operator, kubeconfig: &Path, args: &[&str]) -> Process {
     replica("a", kubeconfig, &operator.scratch, &operator.namespace, args)
@@ -40,7 +40,7 @@ impl End {
             if let Some(code) = process.exit_code() {
                 break code;
             }
-            assert!(start.elapsed() < PATIENCE, "{}", process.log_tail(30));
+            assert!(start.elapsed() < WAIT_TIMEOUT, "{}", process.log_tail(30));
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
         Self { took: start.elapsed(), code, log: process.log_tail(usize::MAX) }
@@ -69,16 +69,16 @@ async fn status(operator: &Operator, name: &str) -> Value {
 }
 
 /// The URI of a log by way of a relay.
-fn by(relay: &Relay, log: &Log) -> String {
+fn by(relay: &TcpFaultProxy, log: &AuditTable) -> String {
     log.database.uri().replace(&format!(":{}/", log.database.port), &format!(":{}/", relay.address.port()))
 }
 
 #[tokio::test]
 async fn counts_that_could_not_be_published_are_published_at_the_end() {
-    let (log, operator) = (Log::slow(12).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::slow(12).await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
-    let relay = Relay::new(port(operator.plane)).await;
+    let relay = TcpFaultProxy::new(port(operator.plane)).await;
     let a = start(&operator, &operator.kubeconfig(Some(&relay)).await, &[]);
     log.until_swept(2).await;
     relay.set(Course::Closed);
@@ -94,10 +94,10 @@ async fn counts_that_could_not_be_published_are_published_at_the_end() {
 
 #[tokio::test]
 async fn an_api_server_that_comes_back_after_the_signal_hears_of_all_that_was_swept() {
-    let (log, operator) = (Log::slow(200).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::slow(200).await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
-    let relay = Relay::new(port(operator.plane)).await;
+    let relay = TcpFaultProxy::new(port(operator.plane)).await;
     let a = start(&operator, &operator.kubeconfig(Some(&relay)).await, &[]);
     log.until_swept(4).await;
     relay.set(Course::Closed);
@@ -114,10 +114,10 @@ async fn an_api_server_that_comes_back_after_the_signal_hears_of_all_that_was_sw
 
 #[tokio::test]
 async fn rows_that_cannot_be_counted_are_named_and_make_the_end_a_failure() {
-    let (log, operator) = (Log::slow(200).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::slow(200).await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
-    let relay = Relay::new(port(operator.plane)).await;
+    let relay = TcpFaultProxy::new(port(operator.plane)).await;
     let a = start(&operator, &operator.kubeconfig(Some(&relay)).await, &[]);
     log.until_swept(4).await;
     relay.set(Course::Closed);
@@ -137,8 +137,8 @@ async fn rows_that_cannot_be_counted_are_named_and_make_the_end_a_failure() {
 
 #[tokio::test]
 async fn a_silent_database_holds_neither_the_counts_nor_the_lease_back() {
-    let (log, operator) = (Log::slow(200).await, Operator::absent().await);
-    let relay = Relay::new(log.database.port).await;
+    let (log, operator) = (AuditTable::slow(200).await, Operator::absent().await);
+    let relay = TcpFaultProxy::new(log.database.port).await;
     operator.secret("db", &[("uri", &by(&relay, &log))]).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
     let a = start(&operator, &operator.kubeconfig(None).await, &[]);
@@ -159,8 +159,8 @@ async fn a_silent_database_holds_neither_the_counts_nor_the_lease_back() {
 
 #[tokio::test]
 async fn a_preflight_of_a_silent_database_ends_with_the_signal() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
-    let relay = Relay::new(log.database.port).await;
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
+    let relay = TcpFaultProxy::new(log.database.port).await;
     operator.secret("db", &[("uri", &by(&relay, &log))]).await;
     operator.apply("app", json!({ "period": "1h" })).await;
     let a = start(&operator, &operator.kubeconfig(None).await, &[]);
@@ -170,7 +170,7 @@ async fn a_preflight_of_a_silent_database_ends_with_the_signal() {
     operator.apply("app", json!({ "period": "2h" })).await;
     eventually(
         "the preflight",
-        PATIENCE,
+        WAIT_TIMEOUT,
         async || if relay.accepted() > before { Ok(()) } else { Err(a.log_tail(20)) },
     )
     .await;
@@ -180,16 +180,16 @@ async fn a_preflight_of_a_silent_database_ends_with_the_signal() {
 
 #[tokio::test]
 async fn a_silent_api_server_is_waited_for_only_for_counts() {
-    let (log, operator) = (Log::new().await, Operator::absent().await);
+    let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "period": "5s" })).await;
-    let gateway = Gateway::new(&operator.kubeconfig(None).await, &operator.scratch).await;
+    let gateway = HttpFaultProxy::new(&operator.kubeconfig(None).await, &operator.scratch).await;
     let a = start(&operator, &gateway.kubeconfig, &[]);
     operator.until("app", "its sweep", |s| has(s, "Ready=True/Swept")).await;
     gateway.delay(Duration::from_secs(60));
     let get = "/auditlogsweepers/app";
     let before = gateway.passed(get);
-    eventually("a look at the object", PATIENCE, async || {
+    eventually("a look at the object", WAIT_TIMEOUT, async || {
         if gateway.passed(get) > before { Ok(()) } else { Err(a.log_tail(20)) }
     })
     .await;
@@ -200,10 +200,10 @@ async fn a_silent_api_server_is_waited_for_only_for_counts() {
 
 #[tokio::test]
 async fn with_a_slow_api_server_the_counts_are_published_and_the_lease_is_given_back() {
-    let (log, operator) = (Log::slow(200).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::slow(200).await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
-    let gateway = Gateway::new(&operator.kubeconfig(None).await, &operator.scratch).await;
+    let gateway = HttpFaultProxy::new(&operator.kubeconfig(None).await, &operator.scratch).await;
     let a = start(&operator, &gateway.kubeconfig, &[]);
     log.until_swept(4).await;
     gateway.delay(Duration::from_secs(2));
@@ -215,8 +215,8 @@ async fn with_a_slow_api_server_the_counts_are_published_and_the_lease_is_given_
 
 #[tokio::test]
 async fn preflights_are_as_many_at_once_on_a_server_as_sweeps_may_be() {
-    let (log, mut operator) = (Log::new().await, Operator::absent().await);
-    let relay = Relay::new(log.database.port).await;
+    let (log, mut operator) = (AuditTable::new().await, Operator::absent().await);
+    let relay = TcpFaultProxy::new(log.database.port).await;
     operator.secret("db", &[("uri", &by(&relay, &log))]).await;
     operator.start().await;
     let names: Vec<_> = (0..20).map(|number| format!("app-{number}")).collect();
@@ -232,7 +232,7 @@ async fn preflights_are_as_many_at_once_on_a_server_as_sweeps_may_be() {
     for name in &names {
         operator.apply(name, json!({ "period": "2h" })).await;
     }
-    eventually("three preflights", PATIENCE, async || match relay.accepted() - before {
+    eventually("three preflights", WAIT_TIMEOUT, async || match relay.accepted() - before {
         0..3 => Err(operator.log()),
         _ => Ok(()),
     })
@@ -248,8 +248,8 @@ async fn preflights_are_as_many_at_once_on_a_server_as_sweeps_may_be() {
 
 #[tokio::test]
 async fn preflights_are_as_many_at_once_in_the_process_as_sweeps_may_be() {
-    let (log, mut operator) = (Log::new().await, Operator::absent().await);
-    let relays = [Relay::new(log.database.port).await, Relay::new(log.database.port).await];
+    let (log, mut operator) = (AuditTable::new().await, Operator::absent().await);
+    let relays = [TcpFaultProxy::new(log.database.port).await, TcpFaultProxy::new(log.database.port).await];
     for (relay, secret) in relays.iter().zip(["first", "second"]) {
         operator.secret(secret, &[("uri", &by(relay, &log))]).await;
     }
@@ -268,7 +268,7 @@ async fn preflights_are_as_many_at_once_in_the_process_as_sweeps_may_be() {
     }
     let waiting = "SELECT count(*) FILTER (WHERE wait_event_type = 'Lock'), count(*) FROM pg_stat_activity \
                    WHERE datname = current_database() AND application_name LIKE 'audit-log-sweeper/%'";
-    eventually("both to connect, and one to go on", PATIENCE, async || {
+    eventually("both to connect, and one to go on", WAIT_TIMEOUT, async || {
         let now = log.query(waiting).await;
         if now == ["1|2"] { Ok(()) } else { Err(format!("{now:?}")) }
     })

@@ -22,8 +22,8 @@ struct Mutant {
 const GUARD: (&str, &str) = ("AND (t.{time_completed} IS NULL) IS TRUE ", "");
 const LOCK: (&str, &str) = (" LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED)", " LIMIT {size})");
 const STATEMENT: &str = "src/sweep/statement.rs";
-const RUN: &str = "src/sweep/run.rs";
-const COMMIT: &str = "src/sweep/run/commit.rs";
+const RUN: &str = "src/sweep/execute.rs";
+const COMMIT: &str = "src/sweep/execute/commit.rs";
 
 const MUTANTS: [Mutant; 10] = [
     Mutant {
@@ -80,9 +80,9 @@ const MUTANTS: [Mutant; 10] = [
     },
     Mutant {
         name: "an unknown field of the spec ignored",
-        file: "src/api/rules.rs",
+        file: "src/api/validate.rs",
         edits: &[("None => unknown.push(path),", "None => {}")],
-        tests: &["controller::fetched"],
+        tests: &["controller::model"],
         noticed: true,
     },
     Mutant {

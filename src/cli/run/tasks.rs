@@ -8,7 +8,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::controller::stopping::{SHUTDOWN, Stopped};
+use crate::controller::shutdown::{SHUTDOWN, ShutdownReport};
 
 /// The controller keeps its own time at the end; so long after that it is taken for stuck.
 const STUCK: Duration = Duration::from_millis(200);
@@ -24,7 +24,7 @@ pub(super) struct Tasks {
     pub signals: JoinHandle<()>,
     pub health: JoinHandle<std::io::Result<()>>,
     pub election: JoinHandle<()>,
-    pub controller: JoinHandle<Stopped>,
+    pub controller: JoinHandle<ShutdownReport>,
 }
 
 impl Tasks {
@@ -47,7 +47,7 @@ impl Tasks {
     ///
     /// # Errors
     /// When sweeps take too long, when rows could not be counted, or when a task ends by a panic.
-    pub async fn wind_up(self, ended: &CancellationToken) -> anyhow::Result<()> {
+    pub async fn drain(self, ended: &CancellationToken) -> anyhow::Result<()> {
         let end = Instant::now() + END;
         let left = || end.saturating_duration_since(Instant::now());
         let stopped = match timeout(SHUTDOWN + STUCK, self.controller).await {
@@ -123,7 +123,7 @@ mod tests {
             ("the election ended: a panic", Tasks { election: tokio::spawn(panics()), ..tasks() }),
             (
                 "the controller ended: it should not have",
-                Tasks { controller: tokio::spawn(async { Stopped::default() }), ..tasks() },
+                Tasks { controller: tokio::spawn(async { ShutdownReport::default() }), ..tasks() },
             ),
             ("the controller ended: a panic", Tasks { controller: tokio::spawn(panics()), ..tasks() }),
         ];
@@ -134,7 +134,7 @@ mod tests {
     }
 
     /// A controller whose work ends with the token.
-    fn works_until(token: &CancellationToken, stopped: Stopped) -> JoinHandle<Stopped> {
+    fn works_until(token: &CancellationToken, stopped: ShutdownReport) -> JoinHandle<ShutdownReport> {
         let token = token.clone();
         tokio::spawn(async move {
             token.cancelled().await;
@@ -147,7 +147,7 @@ mod tests {
     async fn a_signal_is_no_failure_even_if_tasks_end_with_it() {
         let stop = CancellationToken::new();
         let election = tokio::spawn(stop.clone().cancelled_owned());
-        let mut tasks = Tasks { election, controller: works_until(&stop, Stopped::default()), ..tasks() };
+        let mut tasks = Tasks { election, controller: works_until(&stop, ShutdownReport::default()), ..tasks() };
         assert!(timeout(Duration::from_millis(20), tasks.until_stopped(&stop)).await.is_err());
         stop.cancel();
         tokio::task::yield_now().await;
@@ -157,9 +157,9 @@ mod tests {
     #[tokio::test]
     async fn the_lease_is_released_after_the_sweeps() {
         let (ended, sweeping) = (CancellationToken::new(), CancellationToken::new());
-        let controller = works_until(&sweeping, Stopped::default());
+        let controller = works_until(&sweeping, ShutdownReport::default());
         let election = tokio::spawn(ended.clone().cancelled_owned());
-        let winding = Tasks { controller, election, ..tasks() }.wind_up(&ended);
+        let winding = Tasks { controller, election, ..tasks() }.drain(&ended);
         tokio::pin!(winding);
         assert!(timeout(Duration::from_millis(50), &mut winding).await.is_err());
         assert!(!ended.is_cancelled());
@@ -178,12 +178,12 @@ mod tests {
         let ends_with = |stopped| works_until(&over(), stopped);
         let cases = [
             (
-                ends_with(Stopped { sweeping: 2, ..Stopped::default() }),
+                ends_with(ShutdownReport { sweeping: 2, ..ShutdownReport::default() }),
                 "sweeps did not end within 4.3s of the signal: 2",
                 false,
             ),
             (
-                ends_with(Stopped { uncounted: 1, ..Stopped::default() }),
+                ends_with(ShutdownReport { uncounted: 1, ..ShutdownReport::default() }),
                 "rows of 1 objects are swept and not counted",
                 true,
             ),
@@ -193,7 +193,7 @@ mod tests {
         for (controller, says, released) in cases {
             let ended = CancellationToken::new();
             let election = tokio::spawn(ended.clone().cancelled_owned());
-            let error = Tasks { controller, election, ..tasks() }.wind_up(&ended).await.unwrap_err().to_string();
+            let error = Tasks { controller, election, ..tasks() }.drain(&ended).await.unwrap_err().to_string();
             assert!(error.starts_with(says), "{error}");
             assert_eq!(ended.is_cancelled(), released, "{says}");
         }

@@ -1,9 +1,9 @@
 //! `status`: what the AuditLogSweepers of a cluster do, for people. Fetches, and hands over to pure functions.
 
 mod history;
+mod object_view;
 mod page;
 mod screen;
-mod seen;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -19,7 +19,7 @@ use kube::ResourceExt;
 use kube::api::DynamicObject;
 use serde_json::{Value, json};
 
-pub use seen::{Seen, advice};
+pub use object_view::{ObjectView, advice};
 pub use words::{count, plain};
 
 use super::cluster::{self, Cluster, ClusterArgs};
@@ -76,7 +76,7 @@ pub async fn status(args: Status) -> ExitCode {
             }
         }
     };
-    let seen: Vec<Seen> = objects.iter().map(Seen::from).collect();
+    let seen: Vec<ObjectView> = objects.iter().map(ObjectView::from).collect();
     let now = args.at.unwrap_or_else(Utc::now);
     match (args.output, seen.as_slice()) {
         (Output::Text, []) => {
@@ -90,7 +90,7 @@ pub async fn status(args: Status) -> ExitCode {
             show(&table::table(now, all, namespaces, width()))
         }
         (output, [one]) if args.name.is_some() => respond(output, &one.report()),
-        (output, all) => respond(output, &json!({ "items": all.iter().map(Seen::report).collect::<Vec<_>>() })),
+        (output, all) => respond(output, &json!({ "items": all.iter().map(ObjectView::report).collect::<Vec<_>>() })),
     }
 }
 

@@ -3,17 +3,17 @@
 use chrono::{DateTime, Utc};
 
 use super::history;
+use super::object_view::{ObjectView, advice};
 use super::page::Page;
-use super::seen::{Seen, advice};
 use super::words::{ago, count, due, exact, length, number, plain, took};
 use crate::api::AuditLogSweeperSpec;
-use crate::api::conditions::{Condition, ConditionType, Reason};
+use crate::api::condition::{Condition, ConditionType, Reason};
 use crate::api::spec::Mode;
 use crate::api::status::{LastSweep, Outcome, Trigger};
 use crate::cli::style::{BAD, FAINT, GOOD, STRONG, UNSURE, paint, verdict};
 
 /// The screen of an object, on a terminal of `width` columns.
-pub fn screen(now: DateTime<Utc>, seen: &Seen, width: usize) -> String {
+pub fn screen(now: DateTime<Utc>, seen: &ObjectView, width: usize) -> String {
     let mut page = Page::new(width);
     page.line(&format!("{} in namespace {}", paint(STRONG, &plain(&seen.name)), plain(&seen.namespace)));
     page.line("");
@@ -35,7 +35,7 @@ pub fn screen(now: DateTime<Utc>, seen: &Seen, width: usize) -> String {
 }
 
 /// Whether all is well, why, since when, and what to do.
-fn ready(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
+fn ready(page: &mut Page, now: DateTime<Utc>, seen: &ObjectView) {
     let Some(ready) = seen.condition(ConditionType::Ready) else {
         let since = seen.created.map_or_else(String::new, |created| format!("; created {}", ago(now, created)));
         page.marked("Ready", UNSURE, "Unknown", &format!(": no operator has seen it yet{since}"));
@@ -60,7 +60,7 @@ fn condition(page: &mut Page, now: DateTime<Utc>, label: &str, condition: &Condi
 }
 
 /// The conditions that have something to add.
-fn others(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
+fn others(page: &mut Page, now: DateTime<Utc>, seen: &ObjectView) {
     let said = seen.condition(ConditionType::Ready).map_or("", |ready| ready.message.as_str());
     for (type_, bad) in [
         (ConditionType::Stalled, "True"),
@@ -80,7 +80,7 @@ fn others(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
     }
 }
 
-fn request(page: &mut Page, seen: &Seen) {
+fn request(page: &mut Page, seen: &ObjectView) {
     let requested = seen.requested.as_deref().map(|token| crate::api::cut(token, 128));
     if requested.is_some() && requested != seen.status.last_handled_request.as_deref() {
         page.marked("Request", UNSURE, "not answered yet", ": a sweep was asked for");
@@ -101,7 +101,7 @@ fn sentence(spec: &AuditLogSweeperSpec) -> String {
     )
 }
 
-fn next(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
+fn next(page: &mut Page, now: DateTime<Utc>, seen: &ObjectView) {
     let failures = i64::from(seen.status.consecutive_failures);
     match seen.status.next_schedule_time {
         None if seen.suspend() => page.marked("Next sweep", UNSURE, "none", ": it is suspended"),
@@ -124,7 +124,7 @@ fn next(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
 }
 
 /// What the last sweep did.
-fn last(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
+fn last(page: &mut Page, now: DateTime<Utc>, seen: &ObjectView) {
     let Some(last) = &seen.status.last_sweep else { return page.row("Last sweep", "never") };
     let LastSweep { start_time, duration_milliseconds, trigger, outcome, attempts, .. } = last;
     let why = match trigger {
@@ -163,7 +163,7 @@ fn last(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
 }
 
 /// What is left, what is refused, and what was done in all.
-fn counts(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
+fn counts(page: &mut Page, now: DateTime<Utc>, seen: &ObjectView) {
     if let Some(backlog) = &seen.status.backlog {
         let more = if backlog.at_least { "more than " } else { "" };
         let oldest = backlog.oldest_time_started;
@@ -191,7 +191,7 @@ fn counts(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
 }
 
 /// The history, and the last error unless the screen began with it.
-fn past(page: &mut Page, now: DateTime<Utc>, seen: &Seen) {
+fn past(page: &mut Page, now: DateTime<Utc>, seen: &ObjectView) {
     let history = &seen.status.history;
     if let (Some(newest), Some(oldest)) = (history.first(), history.last()) {
         let bars = history::bars(history);

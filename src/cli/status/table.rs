@@ -5,7 +5,7 @@ use chrono::{DateTime, Utc};
 use unicode_width::UnicodeWidthStr;
 
 use super::history;
-use super::seen::{Seen, advice};
+use super::object_view::{ObjectView, advice};
 use super::words::{ago, due, number, plain};
 use crate::api::ConditionType;
 use crate::cli::style::{BAD, FAINT, STRONG, UNSURE, paint, verdict};
@@ -31,7 +31,7 @@ struct Column {
     head: &'static str,
     /// On a narrow terminal the highest go first; 0 never goes.
     spare: u8,
-    cell: fn(DateTime<Utc>, &Seen) -> Cell,
+    cell: fn(DateTime<Utc>, &ObjectView) -> Cell,
 }
 
 const COLUMNS: [Column; 9] = [
@@ -49,7 +49,7 @@ const COLUMNS: [Column; 9] = [
 const GAP: &str = "   ";
 
 /// The table, on a terminal of `width` columns, and what to do about each object that is not ready.
-pub fn table(now: DateTime<Utc>, all: &[Seen], namespaces: bool, width: usize) -> String {
+pub fn table(now: DateTime<Utc>, all: &[ObjectView], namespaces: bool, width: usize) -> String {
     let mut columns: Vec<(&Column, Vec<Cell>)> = COLUMNS
         .iter()
         .filter(|column| namespaces || column.head != "NAMESPACE")
@@ -89,32 +89,32 @@ pub fn table(now: DateTime<Utc>, all: &[Seen], namespaces: bool, width: usize) -
 }
 
 /// A line about an object that is not ready.
-fn trouble(seen: &Seen, namespaces: bool) -> Option<String> {
+fn trouble(seen: &ObjectView, namespaces: bool) -> Option<String> {
     let ready = seen.condition(ConditionType::Ready).filter(|ready| ready.status == "False")?;
     let place = if namespaces { format!("{}/", plain(&seen.namespace)) } else { String::new() };
     let advice = advice(&ready.reason).map_or_else(|| plain(&ready.message), str::to_owned);
     Some(format!("{place}{}: {}: {advice}\n", plain(&seen.name), paint(BAD, &plain(&ready.reason))))
 }
 
-fn ready(seen: &Seen) -> Cell {
+fn ready(seen: &ObjectView) -> Cell {
     let status = seen.condition(ConditionType::Ready).map_or("Unknown", |ready| &ready.status);
     Cell::new(status, verdict(status))
 }
 
-fn reason(seen: &Seen) -> Cell {
+fn reason(seen: &ObjectView) -> Cell {
     Cell::plain(seen.condition(ConditionType::Ready).map_or("Pending", |ready| &ready.reason))
 }
 
-fn last_success(now: DateTime<Utc>, seen: &Seen) -> Cell {
+fn last_success(now: DateTime<Utc>, seen: &ObjectView) -> Cell {
     seen.status.last_successful_time.map_or_else(|| Cell::new("never", FAINT), |at| Cell::plain(ago(now, at)))
 }
 
-fn timed_out(seen: &Seen) -> Cell {
+fn timed_out(seen: &ObjectView) -> Cell {
     let last = seen.status.last_sweep.as_ref();
     Cell::plain(last.map_or_else(|| "-".into(), |last| number(last.timed_out)))
 }
 
-fn backlog(seen: &Seen) -> Cell {
+fn backlog(seen: &ObjectView) -> Cell {
     let Some(backlog) = &seen.status.backlog else { return Cell::plain("-") };
     let style = match seen.condition(ConditionType::BacklogBounded) {
         Some(bounded) if bounded.status == "False" => BAD,
@@ -124,7 +124,7 @@ fn backlog(seen: &Seen) -> Cell {
     Cell::new(format!("{more}{}", number(backlog.remaining)), style)
 }
 
-fn next(now: DateTime<Utc>, seen: &Seen) -> Cell {
+fn next(now: DateTime<Utc>, seen: &ObjectView) -> Cell {
     match seen.status.next_schedule_time {
         None if seen.suspend() => Cell::new("suspended", UNSURE),
         None => Cell::plain("-"),
@@ -132,6 +132,6 @@ fn next(now: DateTime<Utc>, seen: &Seen) -> Cell {
     }
 }
 
-fn bars(seen: &Seen) -> Cell {
+fn bars(seen: &ObjectView) -> Cell {
     Cell { text: history::bars(&seen.status.history), width: seen.status.history.len() }
 }

@@ -5,8 +5,8 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use unicode_width::UnicodeWidthStr;
 
+use super::object_view::ObjectView;
 use super::screen::screen;
-use super::seen::Seen;
 use super::table::table;
 use crate::api::{AuditLogSweeper, Reason};
 
@@ -15,16 +15,16 @@ fn now() -> DateTime<Utc> {
 }
 
 /// What the README shows.
-fn saved() -> Vec<Seen> {
-    super::read(include_str!("../../../docs/screens.yaml")).unwrap().iter().map(Seen::from).collect()
+fn saved() -> Vec<ObjectView> {
+    super::read(include_str!("../../../docs/screens.yaml")).unwrap().iter().map(ObjectView::from).collect()
 }
 
-fn named(name: &str) -> Seen {
+fn named(name: &str) -> ObjectView {
     saved().into_iter().find(|seen| seen.name == name).unwrap()
 }
 
 /// An object with this status, and further fields of the spec.
-fn object(spec: Value, status: Value) -> Seen {
+fn object(spec: Value, status: Value) -> ObjectView {
     let mut whole = json!({ "database": { "secretRef": { "name": "db" } } });
     whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
     let object = json!({
@@ -32,19 +32,19 @@ fn object(spec: Value, status: Value) -> Seen {
         "metadata": { "name": "app", "namespace": "shop", "generation": 1, "creationTimestamp": "2026-11-22T20:14:00Z" },
         "spec": whole, "status": status,
     });
-    Seen::from(&serde_json::from_value(object).unwrap())
+    ObjectView::from(&serde_json::from_value(object).unwrap())
 }
 
 fn condition(type_: &str, status: &str, reason: &str, message: &str) -> Value {
     json!({ "type": type_, "status": status, "reason": reason, "message": message, "lastTransitionTime": "2026-11-22T20:10:00Z" })
 }
 
-fn shown(seen: &Seen) -> String {
+fn shown(seen: &ObjectView) -> String {
     strip_str(&screen(now(), seen, 100)).to_string()
 }
 
 #[track_caller]
-fn assert_lines(seen: &Seen, lines: &[&str]) {
+fn assert_lines(seen: &ObjectView, lines: &[&str]) {
     let shown = shown(seen);
     for line in lines {
         assert!(shown.lines().any(|shown| shown == *line), "no line {line:?} in\n{shown}");

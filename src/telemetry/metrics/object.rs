@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::api::AuditLogSweeperSpec;
-use crate::api::conditions::{self, ConditionType};
+use crate::api::condition::{self, ConditionType};
 use crate::api::spec::Mode;
 use crate::api::status::{AuditLogSweeperStatus, Outcome, Trigger};
 
@@ -43,7 +43,7 @@ pub const GAUGES: [Gauge; 10] = [
         name: "backlog_bounded",
         help: "Whether the condition BacklogBounded is True or False: 1 or 0. Not of an object that only observes",
         value: |spec, status| {
-            let condition = conditions::find(&status.conditions, ConditionType::BacklogBounded)?;
+            let condition = condition::find(&status.conditions, ConditionType::BacklogBounded)?;
             match condition.status.as_str() {
                 _ if spec.mode == Mode::Observe => None,
                 "True" => Some(1),
@@ -83,7 +83,7 @@ pub const GAUGES: [Gauge; 10] = [
 pub type Values = [Option<i64>; GAUGES.len()];
 
 fn is_true(status: &AuditLogSweeperStatus, type_: ConditionType) -> Option<i64> {
-    Some(i64::from(conditions::is_true(&status.conditions, type_)))
+    Some(i64::from(condition::is_true(&status.conditions, type_)))
 }
 
 /// What the gauges of an object say.
@@ -137,7 +137,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::api::conditions::{Reason, Verdict};
+    use crate::api::condition::{ConditionUpdate, Reason};
     use crate::api::status::{Backlog, Unsweepable};
 
     fn spec() -> AuditLogSweeperSpec {
@@ -166,12 +166,12 @@ mod tests {
     #[test]
     fn each_value_is_the_one_that_the_status_has() {
         let conditions = |ready: bool, bounded: Option<bool>, suspended: bool| {
-            let verdicts = [
-                Verdict::new(ConditionType::Ready, ready, Reason::Swept, ""),
-                Verdict::new(ConditionType::BacklogBounded, bounded, Reason::WithinBound, ""),
-                Verdict::new(ConditionType::Suspended, suspended, Reason::NotSuspended, ""),
+            let updates = [
+                ConditionUpdate::new(ConditionType::Ready, ready, Reason::Swept, ""),
+                ConditionUpdate::new(ConditionType::BacklogBounded, bounded, Reason::WithinBound, ""),
+                ConditionUpdate::new(ConditionType::Suspended, suspended, Reason::NotSuspended, ""),
             ];
-            conditions::apply(&[], &verdicts, 1, DateTime::UNIX_EPOCH)
+            condition::apply(&[], &updates, 1, DateTime::UNIX_EPOCH)
         };
         let mut status = AuditLogSweeperStatus {
             conditions: conditions(true, Some(false), true),

@@ -14,7 +14,7 @@ use support::process::{Program, output};
 use support::wait::eventually;
 
 use crate::fixtures::operator::{RELEASE, allow, chart, has, lease_rules};
-use crate::fixtures::{Log, Operator};
+use crate::fixtures::{AuditTable, Operator};
 
 /// All that the operator may do where it works.
 fn rules() -> Value {
@@ -127,7 +127,7 @@ async fn works_with_roles_alone_and_sees_no_other_namespace() {
     let args = args.iter().map(|arg| if arg.contains("health") { "--health-address=127.0.0.1:0" } else { arg });
     let process = args.fold(program, Program::arg).start(&places[0].scratch).unwrap();
     for place in &places {
-        let log = Log::new().await;
+        let log = AuditTable::new().await;
         log.start(1, "2 h").await;
         place.secret_for(&log).await;
         place.apply("app", json!({})).await;
@@ -174,7 +174,7 @@ async fn works_with(
         if log.contains("\"watching\"") || log.contains("cannot watch") { Ok(()) } else { Err(log) }
     })
     .await;
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start(1, "2 h").await;
     operator.secret_for(&log).await;
     operator.apply("app", json!({})).await;

@@ -9,12 +9,12 @@ use support::bouncer::Bouncer;
 use support::wait::eventually;
 use tokio_util::sync::CancellationToken;
 
-use crate::fixtures::{Log, id};
+use crate::fixtures::{AuditTable, id};
 
 #[tokio::test]
 #[ignore = "needs PgBouncer (Debian and Ubuntu: apt-get install pgbouncer)"]
 async fn sweeps_and_leaves_no_setting_behind() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(25).await;
     let bouncer = Bouncer::start(&log.database, 1).await.unwrap();
     let report = sweep(&log.job_at(&bouncer.uri(), json!({ "batchSize": 10 })), &CancellationToken::new()).await;
@@ -41,7 +41,7 @@ async fn sweeps_and_leaves_no_setting_behind() {
 #[tokio::test]
 #[ignore = "needs PgBouncer (Debian and Ubuntu: apt-get install pgbouncer)"]
 async fn a_stop_cancels_through_it_and_other_clients_notice_nothing() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(3).await;
     log.before_update(&format!("IF NEW.id = '{}' THEN PERFORM pg_sleep(30); END IF;", id(2))).await;
     let bouncer = Bouncer::start(&log.database, 1).await.unwrap();

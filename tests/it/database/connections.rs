@@ -3,17 +3,18 @@
 use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::api::status::Outcome;
 use audit_log_sweeper::credentials::{ClientCertificate, ConnectionUri, Credentials};
-use audit_log_sweeper::sweep::tls::default_roots;
-use audit_log_sweeper::sweep::{Error, Report, Target, sweep};
+use audit_log_sweeper::database::tls::default_roots;
+use audit_log_sweeper::database::{Error, Target};
+use audit_log_sweeper::sweep::{Report, sweep};
 use serde_json::{Value, json};
 use support::postgres::{PostgresOptions, PostgresServer, shared};
 use tokio_util::sync::CancellationToken;
 
-use crate::fixtures::Log;
+use crate::fixtures::AuditTable;
 
 /// A log in which each row that is swept gets whether its session was encrypted.
-async fn log_of_encryption(server: &PostgresServer) -> Log {
-    let log = Log::on(server).await;
+async fn log_of_encryption(server: &PostgresServer) -> AuditTable {
+    let log = AuditTable::on(server).await;
     log.before_update("NEW.request_id := (SELECT ssl::text FROM pg_stat_ssl WHERE pid = pg_backend_pid());").await;
     log
 }
@@ -22,13 +23,13 @@ fn credentials(uri: &str, ca: Option<&str>) -> Credentials {
     Credentials { ca: ca.map(|pem| pem.as_bytes().to_vec()), ..Credentials::new(ConnectionUri::new(uri)) }
 }
 
-async fn swept(log: &Log, credentials: &Credentials, tls: Value) -> Report {
+async fn swept(log: &AuditTable, credentials: &Credentials, tls: Value) -> Report {
     let database = json!({ "secretRef": { "name": "db" }, "tls": tls });
     sweep(&log.job_with(credentials, json!({ "database": database })), &CancellationToken::new()).await
 }
 
 /// Sweeps one row; what was seen on the server, or the error.
-async fn try_it(log: &Log, credentials: &Credentials, tls: Value) -> Result<&'static str, Error> {
+async fn try_it(log: &AuditTable, credentials: &Credentials, tls: Value) -> Result<&'static str, Error> {
     log.run("TRUNCATE audit_log").await;
     log.start(1, "2 h").await;
     let report = swept(log, credentials, tls).await;
@@ -196,7 +197,7 @@ async fn scram_is_bound_to_the_channel_where_the_uri_demands_it() {
 
 #[tokio::test]
 async fn hostile_passwords_work_encoded_or_not() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     let user = &log.database.user;
     let address = log.database.uri().split_once('@').unwrap().1.to_owned();
     for password in ["p@ss", "a:b", "a/b", "x#y", "100%", "two words", "@:/#% all of it?", "ünï", "%40", "it's\\"] {
@@ -218,7 +219,7 @@ async fn hostile_passwords_work_encoded_or_not() {
 
 #[tokio::test]
 async fn a_refused_login_shows_no_piece_of_a_badly_written_uri() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     let (user, place) = (&log.database.user, format!("127.0.0.1:{}", log.database.port));
     let password = &log.database.password;
     for (uri, reason) in [
@@ -236,7 +237,7 @@ async fn a_refused_login_shows_no_piece_of_a_badly_written_uri() {
 async fn of_several_hosts_the_one_that_takes_writes_is_swept() {
     let settings = vec![("default_transaction_read_only".into(), "on".into())];
     let standby = PostgresServer::start(PostgresOptions { settings, ..Default::default() }).await.unwrap();
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start(1, "2 h").await;
     let user = &log.database.user;
     let admin = standby.connect("postgres").await.unwrap();
@@ -270,7 +271,7 @@ async fn a_unix_socket_is_as_good_as_a_port() {
     let settings = vec![("unix_socket_directories".into(), format!("'{}'", folder.path().display()))];
     let access = vec!["local all all scram-sha-256".into()];
     let server = PostgresServer::start(PostgresOptions { settings, access, ..Default::default() }).await.unwrap();
-    let log = Log::on(&server).await;
+    let log = AuditTable::on(&server).await;
     log.start_many(3).await;
     let support::postgres::Database { name, user, password, port, .. } = &log.database;
     let (path, encoded) =

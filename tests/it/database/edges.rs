@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::api::status::Outcome;
-use audit_log_sweeper::sweep::courtesy::Company;
 use audit_log_sweeper::sweep::sweep;
+use audit_log_sweeper::sweep::throttle::Peers;
 use serde_json::{Value, json};
 use support::wait::eventually;
 use tokio::net::TcpListener;
@@ -15,7 +15,7 @@ use tokio_postgres::NoTls;
 use tokio_util::sync::CancellationToken;
 
 use crate::fixtures::operator::has;
-use crate::fixtures::{Log, Operator, id};
+use crate::fixtures::{AuditTable, Operator, id};
 
 /// A port that accepts and never answers.
 async fn silent() -> String {
@@ -32,7 +32,7 @@ async fn silent() -> String {
 
 #[tokio::test]
 async fn a_silent_server_is_unreachable_and_not_a_deadline_that_was_reached() {
-    let (log, operator) = (Log::empty().await, Operator::new().await);
+    let (log, operator) = (AuditTable::empty().await, Operator::new().await);
     let uri = silent().await;
     let report =
         sweep(&log.job_at(&uri, json!({ "deadline": "1s", "statementTimeout": "1s" })), &CancellationToken::new())
@@ -55,7 +55,7 @@ async fn a_stop_while_connecting_keeps_the_slot() {
     operator.apply("app", json!({ "period": "8760h" })).await;
     operator.until("app", "the acknowledgement", |s| has(s, "Reconciling=True/Pending")).await;
     operator.terminate().await;
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start(1, "2 h").await;
     operator.secret_for(&log).await;
     operator.start().await;
@@ -65,7 +65,7 @@ async fn a_stop_while_connecting_keeps_the_slot() {
 
 #[tokio::test]
 async fn a_batch_too_large_for_the_deadline_shrinks_until_it_fits() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(500).await;
     log.before_update("PERFORM pg_sleep(0.02);").await;
     let report = log.sweep(json!({ "batchSize": 500, "deadline": "6s", "statementTimeout": "6s" })).await;
@@ -77,7 +77,7 @@ async fn a_batch_too_large_for_the_deadline_shrinks_until_it_fits() {
 
 #[tokio::test]
 async fn a_deadline_in_which_nothing_can_be_done_is_a_failure() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(3).await;
     log.before_update("PERFORM pg_sleep(30);").await;
     let report = log.sweep(json!({ "deadline": "1s", "statementTimeout": "1s" })).await;
@@ -86,7 +86,7 @@ async fn a_deadline_in_which_nothing_can_be_done_is_a_failure() {
 
 #[tokio::test]
 async fn a_slow_row_blocks_nothing_behind_it_in_batches_of_one() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(4).await;
     log.before_update(&format!("IF NEW.id = '{}' THEN PERFORM pg_sleep(30); END IF;", id(2))).await;
     let report = log.sweep(json!({ "batchSize": 1, "statementTimeout": "400ms" })).await;
@@ -95,7 +95,7 @@ async fn a_slow_row_blocks_nothing_behind_it_in_batches_of_one() {
 
 #[tokio::test]
 async fn a_row_without_a_key_is_an_error_and_not_a_loop() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run(
         "CREATE TABLE audit_log (id bigint, time_started timestamptz, time_completed timestamptz, result_kind text); \
          INSERT INTO audit_log VALUES (NULL, '2019-01-01'), (1, '2019-01-02')",
@@ -114,7 +114,7 @@ async fn a_row_without_a_key_is_an_error_and_not_a_loop() {
 
 #[tokio::test]
 async fn a_place_behind_refused_rows_never_holds_a_text_key() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run(
         "CREATE TABLE audit_log (id text PRIMARY KEY, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text); \
          INSERT INTO audit_log SELECT 'alice' || lpad(n::text, 80, '0'), '2020-01-01'::timestamptz + n * interval '1 s' FROM generate_series(1, 20) AS n",
@@ -136,7 +136,7 @@ async fn a_place_behind_refused_rows_never_holds_a_text_key() {
 
 #[tokio::test]
 async fn neither_a_cast_nor_names_made_up_by_a_trigger_show_a_row() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(2).await;
     log.before_update(
         "RAISE EXCEPTION 'SECRET' USING ERRCODE = '23514', CONSTRAINT = 'SECRET ' || NEW.request_uri, COLUMN = 'SECRET', TABLE = 'SECRET';",
@@ -144,7 +144,7 @@ async fn neither_a_cast_nor_names_made_up_by_a_trigger_show_a_row() {
     .await;
     let report = log.sweep(json!({})).await;
     assert_eq!(report.refused, 2);
-    let text = Log::empty().await;
+    let text = AuditTable::empty().await;
     text.run(
         "CREATE TABLE t (id bigint PRIMARY KEY, started text, time_completed timestamptz, result_kind text); \
          INSERT INTO t VALUES (1, 'SECRET'); \
@@ -162,7 +162,7 @@ async fn neither_a_cast_nor_names_made_up_by_a_trigger_show_a_row() {
 
 #[tokio::test]
 async fn a_stop_during_the_count_of_the_backlog_keeps_what_was_done() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run(
         "CREATE TABLE t (id bigint PRIMARY KEY, time_started timestamptz, time_completed timestamptz, result_kind text); \
          INSERT INTO t SELECT n, '2020-01-01' FROM generate_series(1, 3) AS n; \
@@ -199,7 +199,7 @@ async fn a_stop_during_the_count_of_the_backlog_keeps_what_was_done() {
 
 #[tokio::test]
 async fn a_sweep_gives_way_to_others_who_write_for_a_while_and_leaves_nothing_undone() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(12_000).await;
     let (done, written) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));
     let others: Vec<_> = (0..2)
@@ -226,11 +226,11 @@ async fn a_sweep_gives_way_to_others_who_write_for_a_while_and_leaves_nothing_un
     let mut job = log.job(json!({ "limit": 2000, "batchSize": 200 }));
     // Somebody waits until it is over.
     let waiting = Arc::new(AtomicUsize::new(1));
-    job.company = Company::new(Arc::default(), waiting, Arc::default());
+    job.peers = Peers::new(Arc::default(), waiting, Arc::default());
     let waited_for = sweep(&job, &CancellationToken::new()).await;
-    // At full speed again after twice its patience.
+    // At full speed again after twice its yield budget.
     let mut job = log.job(json!({ "limit": 8000, "batchSize": 200 }));
-    job.plan.patience = Duration::from_millis(250);
+    job.plan.yield_budget = Duration::from_millis(250);
     let short = sweep(&job, &CancellationToken::new()).await;
     done.cancel();
     for other in others {

@@ -11,13 +11,13 @@ use support::postgres::{PostgresOptions, PostgresServer, Shutdown};
 use support::wait::eventually;
 use tokio_util::sync::CancellationToken;
 
-use crate::fixtures::Log;
+use crate::fixtures::AuditTable;
 use crate::fixtures::proxy::{Lose, Proxy};
 
 const SOON: Duration = Duration::from_secs(15);
 
 /// Waits until at least `rows` rows are swept.
-async fn until_swept(log: &Log, rows: usize) {
+async fn until_swept(log: &AuditTable, rows: usize) {
     eventually("rows to be swept", SOON, async || {
         let done = log.timed_out().await.len();
         if done >= rows { Ok(()) } else { Err(done.to_string()) }
@@ -26,7 +26,7 @@ async fn until_swept(log: &Log, rows: usize) {
 }
 
 /// What is reported is what the table shows, and it is the oldest rows.
-async fn tells_the_truth(log: &Log, report: &Report) {
+async fn tells_the_truth(log: &AuditTable, report: &Report) {
     let expected: Vec<u32> = (1..=u32::try_from(report.timed_out).unwrap()).collect();
     assert_eq!(log.timed_out().await, expected, "{report:?}");
     assert_eq!(report.uncertain, 0);
@@ -35,7 +35,7 @@ async fn tells_the_truth(log: &Log, report: &Report) {
 #[tokio::test]
 async fn a_lost_answer_to_commit_is_looked_up() {
     for (lose, committed) in [(Lose::Answer, 2), (Lose::Request, 0)] {
-        let log = Log::new().await;
+        let log = AuditTable::new().await;
         log.start_many(5).await;
         let proxy = Proxy::new(log.port(), lose).await;
         let uri = log.uri().replace(&format!(":{}/", log.port()), &format!(":{}/", proxy.address.port()));
@@ -49,7 +49,7 @@ async fn a_lost_answer_to_commit_is_looked_up() {
 
 #[tokio::test]
 async fn a_lost_commit_that_cannot_be_looked_up_is_reported_as_uncertain() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(5).await;
     let proxy = Proxy::new(log.port(), Lose::AnswerAndServer).await;
     let uri = log.uri().replace(&format!(":{}/", log.port()), &format!(":{}/", proxy.address.port()));
@@ -75,7 +75,7 @@ async fn a_commit_that_waits_for_a_standby_and_is_terminated_counts() {
     let admin = server.connect("postgres").await.unwrap();
     admin.batch_execute("ALTER SYSTEM SET synchronous_commit = local").await.unwrap();
     server.restart(Shutdown::Fast).await.unwrap();
-    let log = Log::on(&server).await;
+    let log = AuditTable::on(&server).await;
     log.start_many(5).await;
     let admin = server.connect("postgres").await.unwrap();
     // From here on, whoever logs in as the sweep's role waits for the standby.
@@ -101,7 +101,7 @@ async fn a_commit_that_waits_for_a_standby_and_is_terminated_counts() {
 async fn restarts_end_the_attempt_and_lose_no_count() {
     let mut server = PostgresServer::start(PostgresOptions::default()).await.unwrap();
     for how in [Shutdown::Fast, Shutdown::Immediate] {
-        let mut log = Log::on(&server).await;
+        let mut log = AuditTable::on(&server).await;
         log.start_many(1000).await;
         log.before_update("PERFORM pg_sleep(0.01);").await;
         let job = log.job(json!({ "batchSize": 3 }));
@@ -123,7 +123,7 @@ async fn restarts_end_the_attempt_and_lose_no_count() {
 async fn a_standby_and_a_full_server_have_their_own_reasons() {
     let settings = vec![("max_connections".to_owned(), "6".to_owned())];
     let mut server = PostgresServer::start(PostgresOptions { settings, ..Default::default() }).await.unwrap();
-    let log = Log::on(&server).await;
+    let log = AuditTable::on(&server).await;
     log.start_many(1).await;
     // Three places are kept for superusers, and a pooler may have one. A connection that was just closed holds its place for
     // a moment longer.
@@ -155,7 +155,7 @@ async fn a_standby_and_a_full_server_have_their_own_reasons() {
 
 #[tokio::test]
 async fn a_serialization_failure_is_tried_again_at_once() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(4).await;
     // A sequence survives the rollback, so the third try goes well.
     log.run("CREATE SEQUENCE tries").await;
@@ -166,7 +166,7 @@ async fn a_serialization_failure_is_tried_again_at_once() {
 
 #[tokio::test]
 async fn a_deadlock_costs_a_retry_and_nothing_else() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(3).await;
     log.run("CREATE TABLE other (n int); INSERT INTO other VALUES (0)").await;
     log.before_update("UPDATE other SET n = n + 1;").await;
@@ -195,7 +195,7 @@ async fn a_deadlock_costs_a_retry_and_nothing_else() {
 
 #[tokio::test]
 async fn a_table_lock_is_waited_for_a_little_and_then_left() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(3).await;
     let mut ddl = log.database.client().await.unwrap();
     for released in [true, false] {
@@ -223,7 +223,7 @@ async fn a_table_lock_is_waited_for_a_little_and_then_left() {
 
 #[tokio::test]
 async fn a_password_changed_midway_ends_the_next_sweep_and_not_this_one() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(20).await;
     log.before_update("PERFORM pg_sleep(0.05);").await;
     let job = log.job(json!({ "batchSize": 2 }));
@@ -239,7 +239,7 @@ async fn a_password_changed_midway_ends_the_next_sweep_and_not_this_one() {
 
 #[tokio::test]
 async fn a_right_revoked_or_a_table_replaced_midway_counts_what_was_done() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     let server = support::postgres::shared();
     let admin = server.connect(&log.database.name).await.unwrap();
     admin.batch_execute(include_str!("../../../manifests/sql/role.sql")).await.unwrap();

@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::fixtures::Log;
+use crate::fixtures::AuditTable;
 use players::{Journal, job, kill, sweep_on, write_on};
 
 /// The table, the record of its changes, and a window for races: each update takes a millisecond.
@@ -46,7 +46,7 @@ fn setting(name: &str, default: u64) -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_history_breaks_a_promise() {
     let (seconds, seed) = (setting("HISTORY_SECONDS", 8), setting("HISTORY_SEED", 1));
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run(SCHEMA).await;
     let journal = Arc::new(Journal::default());
     let stop = Arc::new(AtomicBool::new(false));

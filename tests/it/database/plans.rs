@@ -6,7 +6,7 @@ use std::time::Duration;
 use audit_log_sweeper::sweep::statement;
 use serde_json::json;
 
-use crate::fixtures::{Log, id};
+use crate::fixtures::{AuditTable, id};
 
 const COLUMNS: &str =
     "id uuid NOT NULL, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text";
@@ -47,7 +47,7 @@ const OTHERS: [&str; 2] = [
     "CREATE INDEX by_start ON audit_log (time_started); CREATE INDEX by_end ON audit_log (time_completed)",
 ];
 
-async fn table(log: &Log, create: &str, index: &str, statistics: &[&str], others: &str) {
+async fn table(log: &AuditTable, create: &str, index: &str, statistics: &[&str], others: &str) {
     log.run(&format!("DROP TABLE IF EXISTS audit_log; {}; {others}", create.replace("COLUMNS", COLUMNS))).await;
     // Autovacuum would analyze in the midst.
     let tables = log.query("SELECT relid::regclass FROM pg_partition_tree('audit_log') WHERE isleaf").await;
@@ -63,7 +63,7 @@ async fn table(log: &Log, create: &str, index: &str, statistics: &[&str], others
 }
 
 /// A plan as lines without what differs between versions and runs: numbers of nodes, times, and marks of pinned nodes.
-async fn plan(log: &Log, sql: &str) -> Vec<String> {
+async fn plan(log: &AuditTable, sql: &str) -> Vec<String> {
     let lines = log.query(sql).await.into_iter().filter(|line| !line.trim().starts_with("Disabled: "));
     let tidy = |line: String| {
         let line = line.split(" (returns ").next().unwrap_or_default().to_owned();
@@ -76,7 +76,7 @@ async fn plan(log: &Log, sql: &str) -> Vec<String> {
 }
 
 /// The plan of the next batch.
-pub async fn batch_plan(log: &Log) -> Vec<String> {
+pub async fn batch_plan(log: &AuditTable) -> Vec<String> {
     let (job, limit) = (log.job(json!({})).plan, Duration::from_secs(5));
     let answer = log.client.simple_query(&statement::start(&job, limit)).await.unwrap();
     plan(log, &statement::explain(&job, &statement::read_start(&answer).unwrap(), limit)).await
@@ -149,7 +149,7 @@ fn of_partitions(plan: &[String]) -> Vec<String> {
 
 #[tokio::test]
 async fn a_batch_walks_either_index_whatever_the_statistics_and_other_indexes() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     for (kind, create) in TABLES {
         for (statistics, sql) in STATISTICS {
             for (index, predicate) in [(PRIVATE, "num_nulls(time_completed) = 1"), (PLAIN, "time_completed IS NULL")] {
@@ -182,7 +182,7 @@ async fn a_batch_walks_either_index_whatever_the_statistics_and_other_indexes() 
 
 #[tokio::test]
 async fn a_batch_states_the_private_predicate_only_when_every_partition_can_use_it() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     table(&log, TABLES[1].1, "", &[], OTHERS[0]).await;
     let uses = async || {
         let plan = batch_plan(&log).await.join("\n");
@@ -214,7 +214,7 @@ const COMPLETION: &str =
     "UPDATE audit_log SET time_completed = clock_timestamp() WHERE id = KEY AND time_completed IS NULL";
 const LOOK: &str = "SELECT time_completed FROM audit_log WHERE id = KEY AND time_completed IS NULL";
 
-async fn application_plans(log: &Log) -> Vec<Vec<String>> {
+async fn application_plans(log: &AuditTable) -> Vec<Vec<String>> {
     let mut plans = vec![];
     for sql in [COMPLETION, LOOK] {
         let key = format!("'{}'", id(7));
@@ -231,7 +231,7 @@ async fn application_plans(log: &Log) -> Vec<Vec<String>> {
 
 #[tokio::test]
 async fn the_application_plans_its_statements_as_if_the_private_index_were_not_there() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     let plans = async |create, index, statistics, others| {
         table(&log, create, index, statistics, others).await;
         application_plans(&log).await
@@ -261,7 +261,7 @@ const LOAD: &str = "CREATE PROCEDURE load(first int, last int) LANGUAGE plpgsql 
     END LOOP; END $$";
 
 /// Buffers that the server reads to find the row of a completion, as a text and as a prepared statement.
-async fn buffers(log: &Log) -> Vec<u64> {
+async fn buffers(log: &AuditTable) -> Vec<u64> {
     let mut read = vec![];
     let [one, other] = [900_001, 900_002].map(id);
     for sql in [
@@ -289,7 +289,7 @@ async fn buffers(log: &Log) -> Vec<u64> {
 
 /// What a completion reads after 100,000 requests, and beside a backlog that the statistics do not know of.
 async fn buffers_of_a_completion(index: &str, requests: u32) -> [Vec<u64>; 2] {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     table(&log, TABLES[0].1, index, &[COMPLETE, "ANALYZE audit_log"], OTHERS[0]).await;
     log.run(LOAD).await;
     let prepare = COMPLETION.replace("KEY", "$1");

@@ -2,13 +2,14 @@
 
 use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::api::status::Outcome;
-use audit_log_sweeper::sweep::{Class, Report, sweep};
+use audit_log_sweeper::database::Class;
+use audit_log_sweeper::sweep::{Report, sweep};
 use serde_json::{Value, json};
 use support::postgres::{PostgresOptions, PostgresServer};
 use tokio_util::sync::CancellationToken;
 
 use crate::fixtures::operator::has;
-use crate::fixtures::{Log, Operator, id};
+use crate::fixtures::{AuditTable, Operator, id};
 
 /// All numbers up to `count` but those in `without`.
 fn all_but(count: u32, without: &[u32]) -> Vec<u32> {
@@ -16,17 +17,17 @@ fn all_but(count: u32, without: &[u32]) -> Vec<u32> {
 }
 
 /// A sequence that survives rollbacks, and so counts every row that a statement tries to complete.
-async fn count_tries(log: &Log) {
+async fn count_tries(log: &AuditTable) {
     log.run("CREATE SEQUENCE tries").await;
 }
 
-async fn tries(log: &Log) -> i64 {
+async fn tries(log: &AuditTable) -> i64 {
     log.query("SELECT last_value FROM tries").await[0].parse().unwrap()
 }
 
 #[tokio::test]
 async fn a_row_that_breaks_a_not_valid_check_is_stepped_over_and_named() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(50).await;
     log.run(&format!(
         "UPDATE audit_log SET user_agent = 'old' WHERE id IN ('{}', '{}', '{}'); \
@@ -49,7 +50,7 @@ async fn a_trigger_that_raises_any_sqlstate_costs_only_its_row() {
     for sqlstate in
         ["P0001", "23505", "22012", "42P01", "42501", "0A000", "27000", "28000", "55000", "08006", "57P01", "40001"]
     {
-        let log = Log::new().await;
+        let log = AuditTable::new().await;
         log.start_many(6).await;
         log.before_update(&format!(
             "IF NEW.id = '{}' THEN RAISE EXCEPTION 'secret %', NEW.request_uri USING ERRCODE = '{sqlstate}'; END IF;",
@@ -70,7 +71,7 @@ async fn a_trigger_that_raises_any_sqlstate_costs_only_its_row() {
 async fn finding_a_refused_row_costs_a_bisection() {
     // On a server where nobody else writes, to whom the sweep would give way.
     let server = PostgresServer::start(PostgresOptions::default()).await.unwrap();
-    let log = Log::on(&server).await;
+    let log = AuditTable::on(&server).await;
     log.start_many(1000).await;
     count_tries(&log).await;
     // BEFORE UPDATE for each statement: it counts statements, not rows.
@@ -90,7 +91,7 @@ async fn finding_a_refused_row_costs_a_bisection() {
 #[tokio::test]
 async fn what_a_sweep_itself_does_and_takes_back_is_nobody_elses() {
     let server = PostgresServer::start(PostgresOptions::default()).await.unwrap();
-    let log = Log::on(&server).await;
+    let log = AuditTable::on(&server).await;
     log.start_many(200).await;
     log.before_update(&format!("IF NEW.id BETWEEN '{}' AND '{}' THEN RAISE EXCEPTION 'no'; END IF;", id(11), id(15)))
         .await;
@@ -101,7 +102,7 @@ async fn what_a_sweep_itself_does_and_takes_back_is_nobody_elses() {
 
 #[tokio::test]
 async fn a_text_key_is_not_named() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run(
         "CREATE TABLE audit_log (id text PRIMARY KEY, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text); \
          INSERT INTO audit_log SELECT 'alice' || n, '2020-01-01'::timestamptz + n * interval '1 s' FROM generate_series(1, 5) AS n",
@@ -115,7 +116,7 @@ async fn a_text_key_is_not_named() {
 
 #[tokio::test]
 async fn eight_alike_in_a_row_stop_the_sweep_and_the_next_goes_on_behind_them() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(20).await;
     log.run(&format!(
         "UPDATE audit_log SET user_agent = 'old' WHERE id <= '{}'; \
@@ -145,7 +146,7 @@ async fn eight_alike_in_a_row_stop_the_sweep_and_the_next_goes_on_behind_them() 
 
 #[tokio::test]
 async fn a_hundred_refused_rows_end_the_sweep_and_those_behind_are_not_starved() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(260).await;
     // Every other row, so that they are never eight in a row.
     log.before_update("IF right(NEW.id::text, 1)::int % 2 = 1 THEN RAISE EXCEPTION 'no'; END IF;").await;
@@ -165,7 +166,7 @@ async fn a_hundred_refused_rows_end_the_sweep_and_those_behind_are_not_starved()
 
 #[tokio::test]
 async fn while_it_goes_on_behind_refused_rows_a_limit_keeps_the_place() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(10).await;
     let first = log.sweep(json!({ "limit": 2 })).await;
     assert_eq!((first.timed_out, first.resume_after), (2, None));
@@ -181,7 +182,7 @@ async fn while_it_goes_on_behind_refused_rows_a_limit_keeps_the_place() {
 
 #[tokio::test]
 async fn a_busy_server_gets_smaller_batches_and_at_size_one_the_row_is_left() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(12).await;
     // A row takes 40 ms, one takes too long by itself.
     log.before_update(&format!("PERFORM pg_sleep(CASE WHEN NEW.id = '{}' THEN 5 ELSE 0.04 END);", id(7))).await;
@@ -192,7 +193,7 @@ async fn a_busy_server_gets_smaller_batches_and_at_size_one_the_row_is_left() {
 
 #[tokio::test]
 async fn the_status_names_refused_rows_and_the_sweep_stays_ready() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(5).await;
     log.before_update(&format!("IF NEW.id = '{}' THEN RAISE EXCEPTION 'no'; END IF;", id(2))).await;
     operator.secret_for(&log).await;
@@ -208,7 +209,7 @@ async fn the_status_names_refused_rows_and_the_sweep_stays_ready() {
 
 #[tokio::test]
 async fn a_retry_behind_refused_rows_forgets_none_of_them() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(20).await;
     log.before_update("IF right(NEW.id::text, 2)::int <= 8 THEN RAISE EXCEPTION 'no'; END IF;").await;
     operator.secret_for(&log).await;
@@ -224,7 +225,7 @@ async fn a_retry_behind_refused_rows_forgets_none_of_them() {
 
 #[tokio::test]
 async fn observe_counts_by_the_same_selection_and_changes_nothing() {
-    let (log, operator) = (Log::new().await, Operator::new().await);
+    let (log, operator) = (AuditTable::new().await, Operator::new().await);
     log.start_many(5).await;
     log.start(9, "10 min").await;
     let before = log.rows().await;

@@ -3,14 +3,14 @@
 use audit_log_sweeper::api::status::Outcome;
 use serde_json::{Value, json};
 
-use crate::fixtures::Log;
+use crate::fixtures::AuditTable;
 
 /// A table with hostile names everywhere, whose key has this type.
-const SCHEMA: &str = "Au\"dit.Log; --";
+const SCHEMA: &str = "Au\"dit.AuditTable; --";
 const TABLE: &str = "select \"*\" from $$x$$";
 
-async fn hostile(key: &str, kind: &str) -> Log {
-    let log = Log::empty().await;
+async fn hostile(key: &str, kind: &str) -> AuditTable {
+    let log = AuditTable::empty().await;
     let (schema, table) = (quoted(SCHEMA), quoted(TABLE));
     log.run(&format!(
         "CREATE SCHEMA {schema}; CREATE TYPE public.outcome AS ENUM ('ok', 'timed out'); \
@@ -77,7 +77,7 @@ async fn keys_of_every_type_hostile_names_enum_and_text_kinds() {
 /// The order of `citext` is another than that of `text`, and its operators are in a schema of their own.
 #[tokio::test]
 async fn keys_of_type_citext_are_compared_by_their_own_operators() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run(
         "CREATE SCHEMA \"Ext; --\"; CREATE EXTENSION citext SCHEMA \"Ext; --\"; CREATE DOMAIN key AS \"Ext; --\".citext; \
          CREATE TABLE audit_log (id key PRIMARY KEY, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text); \
@@ -123,7 +123,7 @@ async fn no_name_and_no_value_can_be_anything_but_itself() {
         "now()",
         "\u{1F600}",
     ];
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run("CREATE TABLE victim ()").await;
     let fixed = names.map(str::to_owned).into_iter().zip(values.map(str::to_owned));
     // And whatever else can be made of such pieces; the seed makes a failure come again.
@@ -174,7 +174,7 @@ async fn no_name_and_no_value_can_be_anything_but_itself() {
 
 #[tokio::test]
 async fn partitions_with_the_same_ids_never_lose_a_row_beside_the_chosen_ones() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run(
         "CREATE TABLE audit_log (id uuid, time_started timestamptz, time_completed timestamptz, result_kind text, \
            PRIMARY KEY (id, time_started)) PARTITION BY RANGE (time_started); \

@@ -11,10 +11,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use crate::fixtures::Log;
+use crate::fixtures::AuditTable;
 
 /// Sweeps at this address, which answers nothing that would help; how long that took and why it ended.
-async fn end_of(log: &Log, address: SocketAddr, spec: serde_json::Value) -> (Duration, Reason, String) {
+async fn end_of(log: &AuditTable, address: SocketAddr, spec: serde_json::Value) -> (Duration, Reason, String) {
     let uri = log.database.uri().replace(&format!("127.0.0.1:{}", log.database.port), &address.to_string());
     let start = Instant::now();
     let report = sweep(&log.job_at(&(uri + "?connect_timeout=1"), spec), &CancellationToken::new()).await;
@@ -24,7 +24,7 @@ async fn end_of(log: &Log, address: SocketAddr, spec: serde_json::Value) -> (Dur
 
 #[tokio::test]
 async fn a_port_that_accepts_and_never_answers() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (took, reason, text) = end_of(&log, listener.local_addr().unwrap(), json!({})).await;
     assert_eq!(reason, Reason::LoginTimeout, "{text}");
@@ -33,7 +33,7 @@ async fn a_port_that_accepts_and_never_answers() {
 
 #[tokio::test]
 async fn a_host_that_drops_packets() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     // Linux answers no further SYN once the queue of a listener that accepts nobody is full.
     let address = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     address.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
@@ -75,7 +75,7 @@ async fn a_name_server_that_never_answers() {
 
 #[tokio::test]
 async fn the_deadline_ends_connecting_too() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let uri = log.database.uri().replace(&log.database.port.to_string(), &address.port().to_string());
@@ -88,7 +88,7 @@ async fn the_deadline_ends_connecting_too() {
 
 #[tokio::test]
 async fn a_server_that_stops_in_the_middle_of_a_result() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(3).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (address, port) = (listener.local_addr().unwrap(), log.database.port);

@@ -10,11 +10,11 @@ use serde_json::json;
 use support::wait::eventually;
 use tokio_util::sync::CancellationToken;
 
-use crate::fixtures::{Log, id};
+use crate::fixtures::{AuditTable, id};
 
 #[tokio::test]
 async fn takes_the_oldest_first_then_the_rest_then_nothing() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     for (number, age) in [(1, "6 h"), (2, "5 h"), (3, "4 h"), (4, "3 h"), (5, "2 h"), (6, "30 min"), (7, "7 h")] {
         log.start(number, age).await;
     }
@@ -39,7 +39,7 @@ async fn takes_the_oldest_first_then_the_rest_then_nothing() {
 
 #[tokio::test]
 async fn rows_of_one_start_time_go_by_id() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     for number in [3, 1, 2] {
         log.start(number, "2 h").await;
     }
@@ -50,7 +50,7 @@ async fn rows_of_one_start_time_go_by_id() {
 
 #[tokio::test]
 async fn the_order_and_the_limit_hold_without_the_index_and_over_batches() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     // The index gives the order by itself; without it only the statement does.
     log.run("DROP INDEX audit_log_open_by_time_started").await;
     for (number, age) in [(6, "2 h"), (5, "3 h"), (4, "4 h"), (3, "5 h"), (2, "5 h"), (1, "5 h")] {
@@ -68,7 +68,7 @@ async fn the_order_and_the_limit_hold_without_the_index_and_over_batches() {
 
 #[tokio::test]
 async fn a_limit_that_is_just_enough_holds_nothing_back() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(3).await;
     let report = log.sweep(json!({ "limit": 3 })).await;
     assert_eq!((report.timed_out, report.outcome()), (3, Outcome::Drained));
@@ -77,7 +77,7 @@ async fn a_limit_that_is_just_enough_holds_nothing_back() {
 #[tokio::test]
 async fn a_completion_in_flight_is_neither_overwritten_nor_waited_for() {
     for commit in [true, false] {
-        let log = Log::new().await;
+        let log = AuditTable::new().await;
         log.start(1, "6 h").await;
         log.start(2, "5 h").await;
         let mut application = log.database.client().await.unwrap();
@@ -108,7 +108,7 @@ async fn a_completion_in_flight_is_neither_overwritten_nor_waited_for() {
 
 #[tokio::test]
 async fn a_late_guarded_completion_changes_nothing() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start(1, "6 h").await;
     log.sweep(json!({})).await;
     let swept = log.rows().await;
@@ -118,7 +118,7 @@ async fn a_late_guarded_completion_changes_nothing() {
 
 #[tokio::test]
 async fn the_same_id_in_two_partitions_is_two_rows() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run(
         "CREATE TABLE audit_log (id bigint, time_started timestamptz, time_completed timestamptz, result_kind text, \
            PRIMARY KEY (id, time_started)) PARTITION BY RANGE (time_started); \
@@ -140,7 +140,7 @@ async fn the_same_id_in_two_partitions_is_two_rows() {
 
 #[tokio::test]
 async fn rows_that_share_a_key_are_not_completed_beside_the_chosen_ones() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     log.run(
         "CREATE TABLE audit_log (id bigint, time_started timestamptz, time_completed timestamptz, result_kind text); \
          INSERT INTO audit_log SELECT 7, '2019-01-01' FROM generate_series(1, 3)",
@@ -157,7 +157,7 @@ async fn rows_that_share_a_key_are_not_completed_beside_the_chosen_ones() {
 #[tokio::test]
 async fn rows_that_are_written_anew_in_the_midst_of_a_batch_are_swept_all_the_same() {
     const ROWS: u32 = 30_000;
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(ROWS).await;
     let application = log.database.client().await.unwrap();
     let ended = CancellationToken::new();
@@ -172,7 +172,7 @@ async fn rows_that_are_written_anew_in_the_midst_of_a_batch_are_swept_all_the_sa
     let sweeping = async {
         let mut job = log.job(json!({ "limit": ROWS, "batchSize": 500 }));
         // It would give way, and hardly ever meet the other.
-        job.plan.patience = Duration::ZERO;
+        job.plan.yield_budget = Duration::ZERO;
         let report = sweep(&job, &CancellationToken::new()).await;
         ended.cancel();
         report
@@ -187,7 +187,7 @@ async fn rows_that_are_written_anew_in_the_midst_of_a_batch_are_swept_all_the_sa
 
 #[tokio::test]
 async fn the_rights_that_are_asked_for_are_all_that_a_sweep_makes_use_of() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(2500).await;
     let admin = support::postgres::shared().connect(&log.database.name).await.unwrap();
     admin.batch_execute(include_str!("../../../manifests/sql/role.sql")).await.unwrap();
@@ -205,7 +205,7 @@ async fn the_rights_that_are_asked_for_are_all_that_a_sweep_makes_use_of() {
 
 #[tokio::test]
 async fn batches_go_on_where_the_last_one_stopped() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(25).await;
     // A row whose update is suppressed stays open; nothing behind it is hidden, and nothing is read twice.
     log.before_update(&format!("IF NEW.id IN ('{}', '{}') THEN RETURN NULL; END IF;", id(4), id(5))).await;
@@ -218,7 +218,7 @@ async fn batches_go_on_where_the_last_one_stopped() {
 
 #[tokio::test]
 async fn what_was_committed_counts_when_a_later_batch_fails() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(10).await;
     log.before_update(&format!("IF NEW.id = '{}' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;", id(6)))
         .await;
@@ -230,7 +230,7 @@ async fn what_was_committed_counts_when_a_later_batch_fails() {
 
 #[tokio::test]
 async fn the_cutoff_is_the_databases_and_frozen() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(2).await;
     // Completing the first row starts another, which is not stale at the cutoff and is a moment later.
     log.before_update(&format!(
@@ -249,7 +249,7 @@ async fn the_cutoff_is_the_databases_and_frozen() {
 
 #[tokio::test]
 async fn the_server_keeps_the_limits_too() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start(1, "6 h").await;
     log.run("CREATE TABLE seen (name text, value text)").await;
     log.before_update(
@@ -282,7 +282,7 @@ async fn the_server_keeps_the_limits_too() {
 
 #[tokio::test]
 async fn a_slow_statement_is_ended_by_the_server() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(12).await;
     log.before_update("PERFORM pg_sleep(30);").await;
     let report = log.sweep(json!({ "statementTimeout": "200ms", "batchSize": 2 })).await;
@@ -294,7 +294,7 @@ async fn a_slow_statement_is_ended_by_the_server() {
 
 #[tokio::test]
 async fn the_deadline_ends_a_sweep_and_keeps_what_was_done() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(1000).await;
     // Far more than the deadline in all, and a batch far less than the share of it that a statement may take.
     log.before_update("PERFORM pg_sleep(0.02);").await;
@@ -308,7 +308,7 @@ async fn the_deadline_ends_a_sweep_and_keeps_what_was_done() {
 
 #[tokio::test]
 async fn a_stop_cancels_the_running_statement_on_the_server() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     log.start_many(4).await;
     log.before_update(&format!("IF NEW.id = '{}' THEN PERFORM pg_sleep(30); END IF;", id(3))).await;
     let stop = CancellationToken::new();
@@ -331,7 +331,7 @@ async fn a_stop_cancels_the_running_statement_on_the_server() {
 
 #[tokio::test]
 async fn a_missing_table_column_or_right_is_named_with_what_to_do() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     let error = log.sweep(json!({})).await.error.unwrap();
     assert_eq!(error.reason(), Reason::TableNotFound);
     assert!(error.to_string().contains("spec.table"), "{error}");
@@ -343,7 +343,7 @@ async fn a_missing_table_column_or_right_is_named_with_what_to_do() {
     assert_eq!(error.reason(), Reason::SchemaMismatch, "{error}");
 }
 
-async fn nothing_is_left_running(log: &Log) {
+async fn nothing_is_left_running(log: &AuditTable) {
     eventually("the sweep's sessions to be gone", Duration::from_secs(2), async || {
         let sessions = log.sweeping_sessions().await;
         if sessions.is_empty() { Ok(()) } else { Err(format!("{sessions:?}")) }

@@ -20,7 +20,7 @@ use tokio::process::Command;
 
 use super::blocks::{Block, blocks, commands};
 use crate::fixtures::id;
-use crate::fixtures::operator::{PATIENCE, RELEASE};
+use crate::fixtures::operator::{RELEASE, WAIT_TIMEOUT};
 
 /// A command may wait for a sweep.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -162,7 +162,7 @@ impl Desk {
     /// There are no nodes, so the chart's pod never runs: its program does, as its service account.
     async fn start_operator(&mut self) {
         let client = self.plane.client().await.unwrap();
-        eventually("the CRD to be served", PATIENCE, async || {
+        eventually("the CRD to be served", WAIT_TIMEOUT, async || {
             let api: Api<AuditLogSweeper> = Api::all(client.clone());
             api.list(&Default::default()).await.map(drop).map_err(|error| error.to_string())
         })

@@ -10,8 +10,8 @@ use support::prometheus::{Prometheus, promtool};
 use support::wait::eventually;
 
 use super::{alerts, dashboard, queries, rendered, selectors};
-use crate::fixtures::operator::{PATIENCE, RELEASE, ask_for, has, health_address, replica};
-use crate::fixtures::{Log, Operator, id};
+use crate::fixtures::operator::{RELEASE, WAIT_TIMEOUT, ask_for, has, health_address, replica};
+use crate::fixtures::{AuditTable, Operator, id};
 use crate::metrics::{process_samples, samples, until_as_status};
 
 /// How long it may take until rates have something to go by.
@@ -21,12 +21,13 @@ const SCRAPED: Duration = Duration::from_secs(40);
 struct Fleet {
     operator: Operator,
     standby: Process,
-    _logs: [Log; 2],
+    _logs: [AuditTable; 2],
 }
 
 impl Fleet {
     async fn new() -> Self {
-        let (log, poisoned, mut operator) = (Log::new().await, Log::new().await, Operator::absent().await);
+        let (log, poisoned, mut operator) =
+            (AuditTable::new().await, AuditTable::new().await, Operator::absent().await);
         log.start_many(500).await;
         poisoned.start_many(2).await;
         let refuse = format!("IF NEW.id = '{}' THEN RAISE EXCEPTION 'no'; END IF;", id(1));
@@ -50,7 +51,7 @@ impl Fleet {
         operator.until("poisoned", "the refused row", |s| s["unsweepable"]["count"] == json!(1)).await;
         let config = operator.kubeconfig(None).await;
         let standby = replica("standby", &config, &operator.scratch, &operator.namespace, &["--lease-duration=3s"]);
-        eventually("the standby", PATIENCE, async || {
+        eventually("the standby", WAIT_TIMEOUT, async || {
             health_address(&standby.log_tail(usize::MAX)).ok_or_else(|| standby.log_tail(5))
         })
         .await;

@@ -6,7 +6,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 
 use super::TIMEOUT;
 use super::players::{Journal, Swept, Touch};
-use crate::fixtures::Log;
+use crate::fixtures::AuditTable;
 
 /// The clocks of the processes are one machine's; reading them takes a moment.
 const SLACK: TimeDelta = TimeDelta::milliseconds(50);
@@ -33,7 +33,7 @@ struct Batch {
 }
 
 /// Checks everything; tells how much there was to check.
-pub async fn check(log: &Log, journal: &Journal) -> String {
+pub async fn check(log: &AuditTable, journal: &Journal) -> String {
     let changes = changes(log).await;
     let (touches, sweeps) = (journal.touches.lock().unwrap().clone(), journal.sweeps.lock().unwrap().clone());
 
@@ -135,7 +135,7 @@ fn oldest_first(changes: &[Change], touches: &[Touch], sweeps: &[Swept]) -> usiz
     left_out
 }
 
-async fn changes(log: &Log) -> Vec<Change> {
+async fn changes(log: &AuditTable) -> Vec<Change> {
     let sql = "SELECT xid, began, at, app, id, time_started, old_completed, new_completed FROM change ORDER BY seq";
     let rows = log.client.query(sql, &[]).await.unwrap();
     rows.iter()

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use audit_log_sweeper::api::AuditLogSweeperSpec;
 use audit_log_sweeper::credentials::{ConnectionUri, Credentials};
-use audit_log_sweeper::sweep::{Job, Plan, Report, Target, sweep, tls};
+use audit_log_sweeper::database::{Target, tls};
+use audit_log_sweeper::sweep::{Job, Plan, Report, sweep};
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use tokio_postgres::{Client, NoTls};

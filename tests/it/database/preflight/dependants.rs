@@ -1,9 +1,9 @@
 //! Columns of another type: what is made of them and stops the SQL, defaults, time zones, and where there is no SQL.
 
 use audit_log_sweeper::api::Reason::SchemaMismatch;
-use audit_log_sweeper::sweep::preflight::Severity::Blocking;
-use audit_log_sweeper::sweep::preflight::Subject::Columns;
-use audit_log_sweeper::sweep::preflight::{Finding, Fix};
+use audit_log_sweeper::preflight::Severity::Blocking;
+use audit_log_sweeper::preflight::Subject::Columns;
+use audit_log_sweeper::preflight::{Finding, Fix};
 use serde_json::json;
 
 use super::{INDEX, PARTITIONED, Stage, TABLE};
@@ -21,9 +21,9 @@ async fn only_finding(stage: &Stage) -> Finding {
     found.clone()
 }
 
-fn around(found: &Finding) -> &[String] {
-    let Some(Fix::Sql { around, .. }) = &found.fix else { panic!("{found:#?}") };
-    around
+fn drop_first(found: &Finding) -> &[String] {
+    let Some(Fix::Sql { drop_first, .. }) = &found.fix else { panic!("{found:#?}") };
+    drop_first
 }
 
 #[tokio::test]
@@ -89,21 +89,21 @@ async fn what_stops_a_type_from_being_altered_is_listed_and_nothing_else_is() {
         ))
         .await;
     let found = only_finding(&stage).await;
-    assert!(around(&found).is_empty() && !found.message.contains("again"), "{found:#?}");
+    assert!(drop_first(&found).is_empty() && !found.message.contains("again"), "{found:#?}");
     // It stops what rewrites the table, such as a new generated column.
     stage.log.run("DROP TABLE rows").await;
     for (create, name, drop) in &dependants {
         stage.log.run(create).await;
         let found = only_finding(&stage).await;
-        assert_eq!(around(&found), [*name], "{found:#?}");
+        assert_eq!(drop_first(&found), [*name], "{found:#?}");
         assert!(found.message.contains("does not run as it is") && found.message.contains(name), "{}", found.message);
-        assert!(found.in_one_line().contains(&format!("; to mend it, drop {name}, make them again")), "{found:#?}");
+        assert!(found.in_one_line().contains(&format!("; to fix it, drop {name}, make them again")), "{found:#?}");
         // It is so.
         let Some(Fix::Sql { parts, .. }) = &found.fix else { panic!("{found:#?}") };
         stage.log.client.batch_execute(&parts[0].statements[0]).await.unwrap_err();
         stage.log.run(drop).await;
     }
-    stage.mend(found.fix.as_ref().unwrap()).await;
+    stage.fix(found.fix.as_ref().unwrap()).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
     stage.sweeps(&id(1), &json!({})).await.unwrap();
 }
@@ -113,7 +113,7 @@ async fn what_a_partition_has_of_its_own_stops_it_too() {
     let coarse = PARTITIONED.replace("time_completed timestamptz", "time_completed timestamptz(0)");
     let stage = Stage::new(&format!("{coarse}; {INDEX}; CREATE VIEW v AS SELECT time_completed FROM p2b")).await;
     let found = only_finding(&stage).await;
-    assert_eq!(around(&found), ["view public.v"]);
+    assert_eq!(drop_first(&found), ["view public.v"]);
     // A partition has its columns from the table.
     stage.log.run("DROP VIEW v; GRANT SELECT, UPDATE ON p1 TO PUBLIC").await;
     let checked = stage.check(&json!({ "table": "p1" })).await;
@@ -128,7 +128,7 @@ async fn what_a_partition_has_of_its_own_stops_it_too() {
     let checked = stage.check(&spec).await;
     let found = checked.findings.last().unwrap();
     assert_eq!(found.fix, Some(Fix::Field("spec.complete[0].column".into())), "{found:#?}");
-    stage.mend(&only_finding(&stage).await.fix.unwrap()).await;
+    stage.fix(&only_finding(&stage).await.fix.unwrap()).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
 }
 
@@ -140,13 +140,13 @@ async fn another_kind_of_values_shuts_out_what_refers_to_them() {
     ))
     .await;
     let found = only_finding(&stage).await;
-    assert_eq!(around(&found), ["column public.whole.rows", "foreign key part_of_log_fkey on public.part"]);
+    assert_eq!(drop_first(&found), ["column public.whole.rows", "foreign key part_of_log_fkey on public.part"]);
     assert!(
         found.message.contains("it makes constraint audit_log_id_check on public.audit_log again and fails"),
         "{found:#?}"
     );
     stage.log.run("DROP TABLE part, whole; ALTER TABLE audit_log DROP CONSTRAINT audit_log_id_check").await;
-    stage.mend(found.fix.as_ref().unwrap()).await;
+    stage.fix(found.fix.as_ref().unwrap()).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
 }
 
@@ -166,9 +166,9 @@ async fn times_stay_what_they_are_whatever_the_zone_of_the_session() {
         stage.log.run("SET TimeZone = 'America/New_York'").await;
         stage.log.run(&format!("INSERT INTO audit_log (id, time_started) VALUES ('{}', '{written}')", id(1))).await;
         let found = only_finding(&stage).await;
-        assert!(around(&found).is_empty());
+        assert!(drop_first(&found).is_empty());
         assert_eq!(found.message.contains("UTC"), type_ != "moment", "{}", found.message);
-        stage.mend(found.fix.as_ref().unwrap()).await;
+        stage.fix(found.fix.as_ref().unwrap()).await;
         stage.log.run("SET TimeZone = 'America/New_York'").await;
         let kept = format!("SELECT time_started = '{is}+00' FROM audit_log");
         assert_eq!(stage.log.query(&kept).await, ["t"], "{type_} {default}");
@@ -180,12 +180,12 @@ async fn times_stay_what_they_are_whatever_the_zone_of_the_session() {
             );
             assert_eq!(stage.log.query(&now).await, ["t"], "{type_} {default}");
         }
-        let mended = stage.check(&json!({})).await;
-        assert!(mended.findings.is_empty(), "{type_}: {mended:#?}");
+        let fixed = stage.check(&json!({})).await;
+        assert!(fixed.findings.is_empty(), "{type_}: {fixed:#?}");
     }
     // A key by a domain stays of its own kind.
     let stage = Stage::new(&format!("CREATE DOMAIN key AS uuid; {}", with("id uuid", "id key"))).await;
-    stage.mend(&only_finding(&stage).await.fix.unwrap()).await;
+    stage.fix(&only_finding(&stage).await.fix.unwrap()).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
     assert_eq!(stage.log.query("SELECT pg_typeof(id) FROM audit_log RIGHT JOIN (SELECT) x ON true").await, ["uuid"]);
 }

@@ -1,19 +1,19 @@
-//! Faults that an edit of the spec mends: the named field, changed to what is there, makes the next check pass.
+//! Faults that an edit of the spec fixes: the named field, changed to what is there, makes the next check pass.
 
 use audit_log_sweeper::api::Reason::{self, ColumnNotFound, SchemaMismatch, TableNotFound};
-use audit_log_sweeper::sweep::preflight::Subject::{self, Columns, Complete, Key, Statement, Table};
-use audit_log_sweeper::sweep::preflight::{Fix, Severity};
+use audit_log_sweeper::preflight::Subject::{self, Columns, Complete, Key, Statement, Table};
+use audit_log_sweeper::preflight::{Fix, Severity};
 use serde_json::{Value, json};
 
 use super::{INDEX, Stage, TABLE};
 
-/// What is found at a spec: its subject, reason, field, and a piece of its message; and the spec that mends it.
+/// What is found at a spec: its subject, reason, field, and a piece of its message; and the spec that fixes it.
 type Case = (Value, (Subject, Reason, &'static str, &'static str), Value);
 
 /// Exactly that is found, and blocks; by the other spec nothing is.
 async fn each_field_mends(table: &str, cases: &[Case]) {
     let stage = Stage::new(table).await;
-    for (spec, (subject, reason, field, says), mended) in cases {
+    for (spec, (subject, reason, field, says), fixed) in cases {
         let checked = stage.check(spec).await;
         let [found] = checked.findings.as_slice() else { panic!("{spec}: {checked:#?}") };
         assert_eq!(
@@ -23,8 +23,8 @@ async fn each_field_mends(table: &str, cases: &[Case]) {
         );
         assert_eq!(found.fix, Some(Fix::Field((*field).into())), "{found:#?}");
         assert!(found.message.contains(says), "{says}: {}", found.message);
-        let checked = stage.check(mended).await;
-        assert!(checked.findings.is_empty(), "{mended}: {checked:#?}");
+        let checked = stage.check(fixed).await;
+        assert!(checked.findings.is_empty(), "{fixed}: {checked:#?}");
     }
 }
 
@@ -154,9 +154,9 @@ async fn columns_of_the_partition_key() {
     assert_eq!((found.subject, &found.fix), (Key, &Some(Fix::Field("spec.table".into()))));
     assert!(found.message.contains("partitioned by \"tenant\", but on each partition"), "{}", found.message);
     let partition = stage.check(&json!({ "table": "p" })).await;
-    stage.mend(partition.findings[0].fix.as_ref().unwrap()).await;
-    let mended = stage.check(&json!({ "table": "p" })).await;
-    assert!(mended.findings.is_empty(), "{mended:#?}");
+    stage.fix(partition.findings[0].fix.as_ref().unwrap()).await;
+    let fixed = stage.check(&json!({ "table": "p" })).await;
+    assert!(fixed.findings.is_empty(), "{fixed:#?}");
     // PostgreSQL alters no type in a partition key.
     let by_day = "CREATE TABLE audit_log (id uuid, time_started timestamp, time_completed timestamptz, result_kind text, \
                   PRIMARY KEY (id, time_started)) PARTITION BY RANGE (time_started); CREATE TABLE p PARTITION OF audit_log DEFAULT";

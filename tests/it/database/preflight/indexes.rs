@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use audit_log_sweeper::api::Reason::{IndexBloat, IndexMissing, IndexNotPrivate, SchemaMismatch};
-use audit_log_sweeper::sweep::preflight::Fix;
-use audit_log_sweeper::sweep::preflight::Severity::{Blocking, NotReady, Warning};
-use audit_log_sweeper::sweep::preflight::Subject::{Index, Key, Statement};
+use audit_log_sweeper::preflight::Fix;
+use audit_log_sweeper::preflight::Severity::{Blocking, NotReady, Warning};
+use audit_log_sweeper::preflight::Subject::{Index, Key, Statement};
 use serde_json::json;
 use support::wait::eventually;
 
@@ -165,7 +165,7 @@ async fn an_index_whose_creation_was_interrupted_is_dropped_first() {
     assert_eq!((found.subject, found.severity, found.reason), (Index, NotReady, IndexMissing));
     assert!(found.message.contains("\"audit_log_open_by_time_started\" is not valid"), "{}", found.message);
     stage.sweeps(&super::id(1), &json!({})).await.unwrap();
-    stage.mend(found.fix.as_ref().unwrap()).await;
+    stage.fix(found.fix.as_ref().unwrap()).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
     let indexes = "SELECT indexrelid::regclass, indisvalid FROM pg_index WHERE indrelid = 'audit_log'::regclass ORDER BY indexrelid::regclass::text";
     assert_eq!(
@@ -235,9 +235,9 @@ async fn a_broken_index_of_a_partition_alone_and_as_part_of_the_whole() {
         let checked = stage.check(&json!({})).await;
         let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
         assert!(found.message.contains("\"p1_open_by_time_started\" is not valid"), "{}", found.message);
-        stage.mend(found.fix.as_ref().unwrap()).await;
-        let mended = stage.check(&json!({})).await;
-        assert!(mended.findings.is_empty(), "{attached}: {found:#?} {mended:#?}");
+        stage.fix(found.fix.as_ref().unwrap()).await;
+        let fixed = stage.check(&json!({})).await;
+        assert!(fixed.findings.is_empty(), "{attached}: {found:#?} {fixed:#?}");
         let broken = stage.log.query("SELECT indexrelid::regclass FROM pg_index WHERE NOT indisvalid").await;
         assert!(broken.is_empty(), "{broken:?}");
         stage.sweeps(&super::id(1), &json!({})).await.unwrap();
@@ -267,7 +267,7 @@ async fn a_key_that_is_not_unique() {
     let checked = stage.check(&json!({})).await;
     let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
     assert!(found.message.contains("\"audit_log_sweep_key\" is not valid"), "{}", found.message);
-    stage.mend(found.fix.as_ref().unwrap()).await;
+    stage.fix(found.fix.as_ref().unwrap()).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
     stage.sweeps(&super::id(1), &json!({})).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! The preflight: every fault that it knows is made for real, found, mended by the SQL that was printed, and is gone.
+//! The preflight: every fault that it knows is made for real, found, fixed by the SQL that was printed, and is gone.
 
 mod dependants;
 mod fields;
@@ -10,14 +10,14 @@ mod values;
 mod whole;
 
 use audit_log_sweeper::api::Reason;
-use audit_log_sweeper::sweep::preflight::{self, Checked, Fix, RunAs, Severity, Subject};
+use audit_log_sweeper::preflight::{self, Checked, Fix, RunAs, Severity, Subject};
 use audit_log_sweeper::sweep::{Job, sweep};
 use serde_json::{Value, json};
 use support::leaks::{self, MARKER};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-use crate::fixtures::{Log, id};
+use crate::fixtures::{AuditTable, id};
 
 /// A table as a sweep needs it.
 const TABLE: &str = "CREATE TABLE audit_log (id uuid PRIMARY KEY, time_started timestamptz NOT NULL, \
@@ -35,7 +35,7 @@ const INDEX: &str = "CREATE INDEX sweep_index ON audit_log (time_started, id) WH
 
 /// An audit log, and a login that may do with it what a sweep does and nothing else.
 struct Stage {
-    log: Log,
+    log: AuditTable,
     admin: Client,
     /// The login, quoted.
     login: String,
@@ -45,9 +45,9 @@ struct Stage {
 impl Stage {
     /// With what this SQL makes; the login has its rights.
     async fn new(sql: &str) -> Self {
-        let log = Log::empty().await;
+        let log = AuditTable::empty().await;
         log.run(sql).await;
-        let stage = Self::around(log).await;
+        let stage = Self::drop_first(log).await;
         let login = &stage.login;
         stage
             .log
@@ -60,7 +60,7 @@ impl Stage {
     }
 
     /// With a login that has no rights yet.
-    async fn around(log: Log) -> Self {
+    async fn drop_first(log: AuditTable) -> Self {
         let admin = support::postgres::shared().connect(&log.database.name).await.unwrap();
         let name = format!("{}_may_sweep", log.database.user);
         admin.batch_execute(&format!("CREATE ROLE {name} LOGIN PASSWORD '{MARKER}'")).await.unwrap();
@@ -80,7 +80,7 @@ impl Stage {
     }
 
     /// Runs SQL of a fix as whom it says, statement by statement. What is in its way must be gone.
-    async fn mend(&self, fix: &Fix) {
+    async fn fix(&self, fix: &Fix) {
         let Fix::Sql { parts, .. } = fix else { panic!("not SQL: {fix:?}") };
         for part in parts {
             let run = async |client: &Client| {
@@ -163,7 +163,7 @@ impl Fault {
         Self { by_superuser: true, ..self }
     }
 
-    /// Passes; with the fault, exactly that is found; mended as printed, passes again and can be swept.
+    /// Passes; with the fault, exactly that is found; fixed as printed, passes again and can be swept.
     async fn found_and_mended(self) {
         let what = self.sql.join("; ") + &self.table;
         let stage = Stage::new(&self.table).await;
@@ -186,9 +186,9 @@ impl Fault {
         if found.severity != Severity::Blocking {
             stage.sweeps(&self.keys[0], &self.spec).await.unwrap_or_else(|error| panic!("{what}: {error}"));
         }
-        stage.mend(found.fix.as_ref().unwrap()).await;
-        let mended = stage.check(&self.spec).await;
-        assert!(mended.findings.is_empty(), "{what}: {found:#?} {mended:#?}");
+        stage.fix(found.fix.as_ref().unwrap()).await;
+        let fixed = stage.check(&self.spec).await;
+        assert!(fixed.findings.is_empty(), "{what}: {found:#?} {fixed:#?}");
         stage.sweeps(&self.keys[1], &self.spec).await.unwrap_or_else(|error| panic!("{what}: {error}"));
     }
 }

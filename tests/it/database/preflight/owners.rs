@@ -1,10 +1,10 @@
 //! Tables, partitions, schemas and databases that belong to different roles: the SQL names who runs what, and runs.
 
 use audit_log_sweeper::api::Reason::{ColumnNotFound, IndexMissing, PermissionDenied, SchemaMismatch};
-use audit_log_sweeper::sweep::preflight;
-use audit_log_sweeper::sweep::preflight::Severity::{Blocking, NotReady};
-use audit_log_sweeper::sweep::preflight::Subject::{Columns, Complete, Index, Key, Rights, Table};
-use audit_log_sweeper::sweep::preflight::{Checked, Finding, Fix, RunAs};
+use audit_log_sweeper::preflight;
+use audit_log_sweeper::preflight::Severity::{Blocking, NotReady};
+use audit_log_sweeper::preflight::Subject::{Columns, Complete, Index, Key, Rights, Table};
+use audit_log_sweeper::preflight::{Checked, Finding, Fix, RunAs};
 use serde_json::json;
 
 use super::{INDEX, PARTITIONED, Stage, TABLE, all_found_and_mended, fault, quoted};
@@ -82,10 +82,10 @@ async fn all_mended(stage: &Stage, spec: &serde_json::Value, expected: usize) ->
     let checked = stage.check(spec).await;
     assert_eq!(checked.findings.len(), expected, "{checked:#?}");
     for found in &checked.findings {
-        stage.mend(found.fix.as_ref().unwrap()).await;
+        stage.fix(found.fix.as_ref().unwrap()).await;
     }
-    let mended = stage.check(spec).await;
-    assert!(mended.findings.is_empty(), "{checked:#?} {mended:#?}");
+    let fixed = stage.check(spec).await;
+    assert!(fixed.findings.is_empty(), "{checked:#?} {fixed:#?}");
     checked
 }
 

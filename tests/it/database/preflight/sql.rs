@@ -1,9 +1,9 @@
-//! Faults of table, columns, values, rights and row security that SQL mends.
+//! Faults of table, columns, values, rights and row security that SQL fixes.
 
 use audit_log_sweeper::api::Reason::{ColumnNotFound, PermissionDenied, RowRefused, RowSecurity, SchemaMismatch};
-use audit_log_sweeper::sweep::preflight::Severity::{Blocking, NotReady, Warning};
-use audit_log_sweeper::sweep::preflight::Subject::{self, Columns, Complete, Constraints, Rights, Table};
-use audit_log_sweeper::sweep::preflight::{Fix, RunAs};
+use audit_log_sweeper::preflight::Severity::{Blocking, NotReady, Warning};
+use audit_log_sweeper::preflight::Subject::{self, Columns, Complete, Constraints, Rights, Table};
+use audit_log_sweeper::preflight::{Fix, RunAs};
 use serde_json::json;
 
 use super::{INDEX, PARTITIONED, Stage, TABLE, all_found_and_mended, fault};
@@ -37,10 +37,10 @@ async fn children_foreign_partitions_and_rules() {
     assert!(far.message.contains("\"far\" is a partition on another server"), "{}", far.message);
     assert_eq!(key.subject, Subject::Key);
     for found in [far, key] {
-        stage.mend(found.fix.as_ref().unwrap()).await;
+        stage.fix(found.fix.as_ref().unwrap()).await;
     }
-    let mended = stage.check(&json!({})).await;
-    assert!(mended.findings.is_empty(), "{mended:#?}");
+    let fixed = stage.check(&json!({})).await;
+    assert!(fixed.findings.is_empty(), "{fixed:#?}");
     stage.sweeps(&id(1), &json!({})).await.unwrap();
 }
 
@@ -85,7 +85,7 @@ async fn what_completes_a_row() {
     let checked = stage.check(&missing.spec).await;
     assert_eq!(checked.findings.len(), 1, "{checked:#?}");
     assert!(checked.findings[0].message.contains(missing.says), "{checked:#?}");
-    stage.mend(checked.findings[0].fix.as_ref().unwrap()).await;
+    stage.fix(checked.findings[0].fix.as_ref().unwrap()).await;
     assert!(stage.check(&missing.spec).await.findings.is_empty());
     stage.sweeps(&id(1), &missing.spec).await.unwrap();
 
@@ -132,7 +132,7 @@ async fn row_security_that_would_hide_rows() {
     stage.log.run("CREATE POLICY all_rows ON audit_log USING (true)").await;
     stage.sweeps(&id(1), &json!({})).await.unwrap_err();
     assert_eq!(stage.check(&json!({})).await.findings.len(), 1);
-    stage.mend(found.fix.as_ref().unwrap()).await;
+    stage.fix(found.fix.as_ref().unwrap()).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
     stage.log.run("DELETE FROM audit_log").await;
     stage.sweeps(&id(2), &json!({})).await.unwrap();
@@ -145,7 +145,7 @@ async fn row_security_that_would_hide_rows() {
     let checked = stage.check(&json!({})).await;
     let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
     assert!(found.reason == RowSecurity && found.message.contains("also to its owner (FORCE)"), "{found:#?}");
-    stage.mend(found.fix.as_ref().unwrap()).await;
+    stage.fix(found.fix.as_ref().unwrap()).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
     stage.sweeps(&id(1), &json!({})).await.unwrap();
 }

@@ -1,8 +1,8 @@
 //! Values that the server plans without a word and then refuses for every row.
 
 use audit_log_sweeper::api::Reason::{RowRefused, SchemaMismatch};
-use audit_log_sweeper::sweep::preflight::Severity::{Blocking, Warning};
-use audit_log_sweeper::sweep::preflight::{Fix, Subject};
+use audit_log_sweeper::preflight::Severity::{Blocking, Warning};
+use audit_log_sweeper::preflight::{Fix, Subject};
 use serde_json::{Value, json};
 
 use super::{INDEX, PARTITIONED, Stage, TABLE};
@@ -45,7 +45,7 @@ async fn a_value_that_a_check_or_a_domain_refuses_blocks() {
         (not_null, &null, value("x"), "(of type public.kind) cannot hold what spec.complete[0].setNull sets"),
         (column("text CHECK (result_kind::int > 0)"), &bad, value("7"), "(SQLSTATE 22P02)"),
     ];
-    for (table, spec, mended, says) in cases {
+    for (table, spec, fixed, says) in cases {
         let stage = Stage::new(&table).await;
         let checked = stage.check(spec).await;
         let [found] = checked.findings.as_slice() else { panic!("{table}: {checked:#?}") };
@@ -54,9 +54,9 @@ async fn a_value_that_a_check_or_a_domain_refuses_blocks() {
         assert!(checked.passed.iter().all(|(subject, _)| *subject != Subject::Complete), "{checked:#?}");
         let part = if spec == &null { "setNull" } else { "value" };
         assert_eq!(found.fix, Some(Fix::Field(format!("spec.complete[0].{part}"))), "{table}");
-        let after = stage.check(&mended).await;
+        let after = stage.check(&fixed).await;
         assert!(after.findings.is_empty(), "{table}: {after:#?}");
-        stage.sweeps(&id(1), &mended).await.unwrap();
+        stage.sweeps(&id(1), &fixed).await.unwrap();
         // What was found is so: the same row would have been refused.
         stage.log.run("DELETE FROM audit_log").await;
         stage.sweeps(&id(2), spec).await.unwrap_err();

@@ -1,7 +1,7 @@
 //! The preflight as a whole: what passes, hostile names, old and other servers, a pooler, and that nothing is changed.
 
 use audit_log_sweeper::api::Reason;
-use audit_log_sweeper::sweep::preflight::{self, Fix, Severity, Subject};
+use audit_log_sweeper::preflight::{self, Fix, Severity, Subject};
 use audit_log_sweeper::sweep::sweep;
 use serde_json::json;
 use support::bouncer::Bouncer;
@@ -10,11 +10,11 @@ use support::postgres::{PostgresOptions, PostgresServer, Shutdown};
 use tokio_util::sync::CancellationToken;
 
 use super::{INDEX, PARTITIONED, Stage, TABLE};
-use crate::fixtures::{Log, id};
+use crate::fixtures::{AuditTable, id};
 
 #[tokio::test]
 async fn the_shipped_sql_is_all_that_is_needed_also_when_run_again() {
-    let stage = Stage::around(Log::new().await).await;
+    let stage = Stage::drop_first(AuditTable::new().await).await;
     let empty = stage.check(&json!({})).await;
     assert!(!empty.ready() && empty.findings.iter().all(|found| found.subject == Subject::Rights), "{empty:#?}");
     for _ in 0..2 {
@@ -72,9 +72,9 @@ async fn partitions_pass_and_so_does_a_single_partition() {
 
 #[tokio::test]
 async fn hostile_names_are_found_and_mended_like_any_other() {
-    let log = Log::empty().await;
+    let log = AuditTable::empty().await;
     let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
-    let (schema, table) = ("Au\"dit.Log; --", "select \"*\" from $$x$$ %I \\ \n'; --");
+    let (schema, table) = ("Au\"dit.AuditTable; --", "select \"*\" from $$x$$ %I \\ \n'; --");
     let (key, started, completed, kind) = ("Key\"; --", "Time.Started", "completed 'at' \\", "Kind\n--");
     let (s, t) = (quoted(schema), quoted(table));
     let all = [key, started, completed, kind].map(quoted);
@@ -87,7 +87,7 @@ async fn hostile_names_are_found_and_mended_like_any_other() {
          CREATE RULE {k} AS ON UPDATE TO {s}.{t} DO ALSO NOTHING; CREATE TABLE {s}.{st} () INHERITS ({s}.{t})"
     ))
     .await;
-    let stage = Stage::around(log).await;
+    let stage = Stage::drop_first(log).await;
     let renamed = format!("may \"sweep\"; -- {}", stage.login);
     stage
         .admin
@@ -115,10 +115,10 @@ async fn hostile_names_are_found_and_mended_like_any_other() {
         "{checked:#?}"
     );
     for found in &checked.findings {
-        stage.mend(found.fix.as_ref().unwrap()).await;
+        stage.fix(found.fix.as_ref().unwrap()).await;
     }
-    let mended = preflight::check(&job.plan, &job.target).await.unwrap();
-    assert!(mended.findings.is_empty(), "{mended:#?}");
+    let fixed = preflight::check(&job.plan, &job.target).await.unwrap();
+    assert!(fixed.findings.is_empty(), "{fixed:#?}");
     stage.log.run(&format!("INSERT INTO {s}.{t} VALUES ('{}', '2020-01-01')", id(1))).await;
     assert_eq!(sweep(&job, &CancellationToken::new()).await.timed_out, 1);
 }
@@ -188,7 +188,7 @@ async fn nothing_is_changed_and_no_row_is_locked() {
 #[tokio::test]
 async fn a_standby_a_read_only_database_and_no_database() {
     let mut server = PostgresServer::start(PostgresOptions::default()).await.unwrap();
-    let log = Log::on(&server).await;
+    let log = AuditTable::on(&server).await;
     // Straight to the server: a pooler answers for one that is gone.
     let job = log.job_at(&log.database.uri(), json!({}));
     // A sweep asks for read and write by itself.
@@ -209,7 +209,7 @@ async fn a_standby_a_read_only_database_and_no_database() {
 
 #[tokio::test]
 async fn a_table_that_is_locked_is_an_error_and_not_a_finding() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     let job = log.job(json!({}));
     let mut other = log.database.client().await.unwrap();
     let transaction = other.transaction().await.unwrap();
@@ -223,7 +223,7 @@ async fn a_table_that_is_locked_is_an_error_and_not_a_finding() {
 #[tokio::test]
 #[ignore = "needs PgBouncer (Debian and Ubuntu: apt-get install pgbouncer)"]
 async fn through_a_pooler_and_leaves_no_setting_behind() {
-    let log = Log::new().await;
+    let log = AuditTable::new().await;
     let bouncer = Bouncer::start(&log.database, 1).await.unwrap();
     let job = log.job_at(&bouncer.uri(), json!({}));
     let client = bouncer.client().await.unwrap();

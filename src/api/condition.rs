@@ -1,0 +1,269 @@
+//! Conditions: their types, the closed set of their reasons, and how a new verdict is laid over the old list.
+
+use chrono::{DateTime, Utc};
+pub use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+
+use super::cut;
+use super::status::MAX_MESSAGE;
+
+/// The types of condition, in the order in which they are listed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ConditionType {
+    /// Whether the last attempt to do what the spec says went well.
+    Ready,
+    /// The operator is still working towards the spec: not seen yet, or retrying. Exists only while true.
+    Reconciling,
+    /// Nothing will change before someone mends something. Exists only while true.
+    Stalled,
+    /// Whether the database answered.
+    DatabaseReachable,
+    /// Whether database, table, index and rights are as the sweep needs them, as far as the last look at them told.
+    SchemaReady,
+    /// Whether the sweeps keep up: the oldest stale row is not older than timeout + 2 * period.
+    BacklogBounded,
+    /// Whether `spec.suspend` is in force.
+    Suspended,
+}
+
+impl ConditionType {
+    /// Every type, in the order of the list.
+    pub const ALL: [Self; 7] = [
+        Self::Ready,
+        Self::Reconciling,
+        Self::Stalled,
+        Self::DatabaseReachable,
+        Self::SchemaReady,
+        Self::BacklogBounded,
+        Self::Suspended,
+    ];
+
+    /// The name in the API.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ready => "Ready",
+            Self::Reconciling => "Reconciling",
+            Self::Stalled => "Stalled",
+            Self::DatabaseReachable => "DatabaseReachable",
+            Self::SchemaReady => "SchemaReady",
+            Self::BacklogBounded => "BacklogBounded",
+            Self::Suspended => "Suspended",
+        }
+    }
+}
+
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
+        /// Why a condition has its status, and what kind of error happened: a closed set.
+        #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+        pub enum Reason { $($(#[doc = $doc])+ $name,)+ }
+
+        impl Reason {
+            /// Every reason.
+            pub const ALL: &[Self] = &[$(Self::$name,)+];
+
+            /// The name in the API.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$name => stringify!($name),)+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// The spec was not tried yet.
+    Pending,
+    /// The last sweep went well and left no stale row that it could complete.
+    Swept,
+    /// The last sweep went well and stopped at its limit or deadline.
+    LimitReached,
+    /// The last sweep went well until its deadline, which ended it.
+    DeadlineReached,
+    /// The last sweep went well; as the spec says, it only counted.
+    Observed,
+    /// The database, the table and the rights are as the spec needs them; no sweep is due yet.
+    SchemaReady,
+    /// The spec says suspend.
+    Suspended,
+    /// The spec does not say suspend.
+    NotSuspended,
+    /// The database answered.
+    Connected,
+    /// The oldest stale row is not older than timeout + 2 * period.
+    WithinBound,
+    /// The oldest stale row is older than timeout + 2 * period.
+    FallingBehind,
+    /// It was not looked at in the last attempt.
+    NotObserved,
+    /// The last attempt failed and is tried again.
+    Retrying,
+    /// The object cannot be read as an AuditLogSweeper, or breaks the rules of the CRD.
+    InvalidSpec,
+    /// The Secret that the spec names does not exist.
+    SecretNotFound,
+    /// The Secret lacks a key.
+    SecretKeyMissing,
+    /// The operator may not read the Secret.
+    SecretForbidden,
+    /// The Kubernetes API did not answer as it should.
+    APIRequestFailed,
+    /// The operator has a bug.
+    InternalError,
+    /// What the Secret holds is not a connection URI.
+    InvalidConnectionURI,
+    /// The database's host name could not be resolved.
+    NameResolutionFailed,
+    /// The database's host did not answer at all.
+    ConnectTimeout,
+    /// Something took the connection and did not let the sweep log in.
+    LoginTimeout,
+    /// The database stopped answering in the middle of something.
+    ResponseTimeout,
+    /// The connection broke.
+    ConnectionLost,
+    /// The database refused the connection, or is starting or going away.
+    DatabaseUnreachable,
+    /// The database's certificate, or the CA to verify it by, is not right.
+    TLSFailed,
+    /// The database refused the user or the password.
+    AuthenticationFailed,
+    /// The server has no database of that name.
+    DatabaseNotFound,
+    /// The server has no connection left for us.
+    TooManyConnections,
+    /// The server is a standby or read-only.
+    NotPrimary,
+    /// The server is out of disk space or another resource.
+    ServerOutOfResources,
+    /// There is no such table.
+    TableNotFound,
+    /// The table lacks a column that the spec names.
+    ColumnNotFound,
+    /// The role lacks a right.
+    PermissionDenied,
+    /// The table is not of the shape that the spec says, or a value does not fit its column.
+    SchemaMismatch,
+    /// The index that a sweep reads is missing or not as it must be.
+    IndexMissing,
+    /// The application's own statements use the sweep's index too, which slows them.
+    IndexNotPrivate,
+    /// Autovacuum comes too rarely to clean the sweep's index.
+    IndexBloat,
+    /// Row security would hide rows of the table from the role.
+    RowSecurity,
+    /// The server is not a PostgreSQL that a sweep works on.
+    ServerNotSupported,
+    /// A statement took longer than `statementTimeout`.
+    StatementTimeout,
+    /// The table was locked, by a schema change most likely.
+    TableLocked,
+    /// Transactions of others kept colliding with the sweep's.
+    TransactionConflict,
+    /// The database refused to complete a row.
+    RowRefused,
+    /// The server reported damaged data.
+    DataCorrupted,
+    /// The database answered in a way that no rule here covers.
+    DatabaseError,
+}
+
+/// What one condition should say from now on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConditionUpdate {
+    pub type_: ConditionType,
+    /// None: Unknown.
+    pub status: Option<bool>,
+    pub reason: Reason,
+    pub message: String,
+}
+
+impl ConditionUpdate {
+    /// A verdict; `status` None means Unknown.
+    pub fn new(
+        type_: ConditionType,
+        status: impl Into<Option<bool>>,
+        reason: Reason,
+        message: impl Into<String>,
+    ) -> Self {
+        Self { type_, status: status.into(), reason, message: message.into() }
+    }
+}
+
+/// The new list of our conditions. A `lastTransitionTime` moves only when the status flips. Conditions that others set
+/// are left out: server-side apply leaves them where they are.
+pub fn apply(old: &[Condition], updates: &[ConditionUpdate], generation: i64, now: DateTime<Utc>) -> Vec<Condition> {
+    updates
+        .iter()
+        .map(|update| {
+            let status = match update.status {
+                Some(true) => "True",
+                Some(false) => "False",
+                None => "Unknown",
+            };
+            let unchanged = old.iter().find(|c| c.type_ == update.type_.as_str() && c.status == status);
+            Condition {
+                type_: update.type_.as_str().into(),
+                status: status.into(),
+                reason: update.reason.as_str().into(),
+                message: cut(&update.message, MAX_MESSAGE).into(),
+                observed_generation: Some(generation),
+                last_transition_time: unchanged.map_or_else(|| time(now), |c| c.last_transition_time.clone()),
+            }
+        })
+        .collect()
+}
+
+/// The condition of a type, if it is in the list.
+pub fn find(conditions: &[Condition], type_: ConditionType) -> Option<&Condition> {
+    conditions.iter().find(|c| c.type_ == type_.as_str())
+}
+
+/// Whether the condition of a type is there and True.
+pub fn is_true(conditions: &[Condition], type_: ConditionType) -> bool {
+    find(conditions, type_).is_some_and(|c| c.status == "True")
+}
+
+/// Whole seconds. A time that jiff cannot hold lies thousands of years away and becomes the epoch.
+fn time(at: DateTime<Utc>) -> Time {
+    Time(Timestamp::from_second(at.timestamp()).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: i64) -> DateTime<Utc> {
+        DateTime::from_timestamp(second, 0).unwrap()
+    }
+
+    #[test]
+    fn the_transition_time_moves_only_when_the_status_flips() {
+        let ready = |status: bool| [ConditionUpdate::new(ConditionType::Ready, status, Reason::Swept, "")];
+        let first = apply(&[], &ready(true), 1, at(100));
+        let second = apply(&first, &ready(true), 2, at(200));
+        assert_eq!(second[0].last_transition_time, time(at(100)));
+        assert_eq!(second[0].observed_generation, Some(2));
+        let third = apply(&second, &ready(false), 2, at(300));
+        assert_eq!(third[0].last_transition_time, time(at(300)));
+    }
+
+    #[test]
+    fn conditions_that_hold_no_more_go() {
+        let old = apply(&[], &[ConditionUpdate::new(ConditionType::Reconciling, true, Reason::Pending, "")], 1, at(1));
+        let new = apply(&old, &[ConditionUpdate::new(ConditionType::Ready, true, Reason::Swept, "")], 1, at(2));
+        assert_eq!(new.iter().map(|c| c.type_.as_str()).collect::<Vec<_>>(), ["Ready"]);
+    }
+
+    #[test]
+    fn a_long_message_is_cut() {
+        let new = apply(
+            &[],
+            &[ConditionUpdate::new(ConditionType::Ready, None, Reason::Pending, "ä".repeat(2000))],
+            1,
+            at(1),
+        );
+        assert_eq!(new[0].message.len(), MAX_MESSAGE);
+        assert_eq!(new[0].status, "Unknown");
+    }
+}

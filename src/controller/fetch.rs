@@ -1,0 +1,105 @@
+//! First step: fetches the object as it is now, and the Secrets it names. Needs a client; decides nothing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::ListParams;
+use kube::{Api, ResourceExt};
+
+use super::client::{ApiError, ApiServer, text};
+use super::model::Fetched;
+use super::status::Failure;
+use crate::api::{AuditLogSweeper, Reason};
+use crate::credentials::{self, Credentials, CredentialsError};
+use crate::database::{Class, Target};
+use crate::telemetry::metrics::Operation;
+
+/// Leaves out what nobody here reads, and what is most of an object in memory: who wrote which field, and the object as
+/// somebody applied it.
+pub fn leave_out(object: &mut Fetched) {
+    object.managed_fields_mut().clear();
+    object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
+}
+
+/// The object as it is now, since the watch may lag behind; None: it is gone.
+pub async fn object(server: &ApiServer, namespace: &str, name: &str) -> Result<Option<Fetched>, ApiError> {
+    let api: Api<Fetched> = Api::namespaced(server.client.clone(), namespace);
+    let mut object = server.essential(Operation::GetObject, namespace, api.get_opt(name)).await?;
+    match &mut object {
+        Some(object) => leave_out(object),
+        None => server.forget(namespace),
+    }
+    Ok(object)
+}
+
+/// The same, but None also if it is not one of those that the label selector names. The API server judges, in its own
+/// words for selectors.
+pub async fn selected(
+    server: &ApiServer,
+    namespace: &str,
+    name: &str,
+    selector: Option<&str>,
+) -> Result<Option<Fetched>, ApiError> {
+    let Some(selector) = selector else { return object(server, namespace, name).await };
+    let api: Api<Fetched> = Api::namespaced(server.client.clone(), namespace);
+    let one = ListParams::default().labels(selector).fields(&format!("metadata.name={name}"));
+    let mut object = server.within(Operation::GetObject, api.list(&one)).await?.items.pop();
+    object.iter_mut().for_each(leave_out);
+    Ok(object)
+}
+
+/// Where the object's database is, from the Secrets as they are now, and the resourceVersions of those.
+pub async fn target(
+    server: &ApiServer,
+    namespace: &str,
+    object: &AuditLogSweeper,
+    default_roots: &Arc<rustls::RootCertStore>,
+) -> Result<(Target, Vec<String>), Failure> {
+    let database = &object.spec.database;
+    let (mut secrets, mut versions) = (BTreeMap::new(), vec![]);
+    for name in credentials::names(database) {
+        let secret = secret(server, namespace, name).await?;
+        versions.extend(secret.metadata.resource_version);
+        secrets.insert(name.to_owned(), secret.data.unwrap_or_default());
+    }
+    let credentials = Credentials::read(database, namespace, &secrets, None)?;
+    let mode = database.tls.as_ref().and_then(|tls| tls.mode);
+    let application_name = format!("audit-log-sweeper/{namespace}/{}", object.name_any());
+    let target = Target::new(&credentials, mode, default_roots, &application_name);
+    Ok((target.map_err(|error| Failure::from(&error))?, versions))
+}
+
+async fn secret(server: &ApiServer, namespace: &str, name: &str) -> Result<Secret, Failure> {
+    let api: Api<Secret> = Api::namespaced(server.client.clone(), namespace);
+    let failure = |reason, class, message| Failure { reason, class, message, reachable: None };
+    match server.within(Operation::GetSecret, api.get(name)).await {
+        Ok(secret) => Ok(secret),
+        Err(error) => Err(match error.code() {
+            Some(404) => failure(
+                Reason::SecretNotFound,
+                Class::Missing,
+                format!("there is no Secret {name} in namespace {namespace}; create it, or name another in the spec"),
+            ),
+            Some(403) => failure(
+                Reason::SecretForbidden,
+                Class::Missing,
+                format!(
+                    "the operator may not get Secret {name} in namespace {namespace}; grant its ServiceAccount get on secrets"
+                ),
+            ),
+            // The text of a failed request says nothing of the Secret's content.
+            _ => failure(
+                Reason::APIRequestFailed,
+                Class::Transient,
+                format!("cannot get Secret {name}: {}", text(&error)),
+            ),
+        }),
+    }
+}
+
+impl From<CredentialsError> for Failure {
+    fn from(error: CredentialsError) -> Self {
+        Self { reason: error.reason(), message: error.to_string(), class: Class::Missing, reachable: None }
+    }
+}

@@ -1,0 +1,136 @@
+//! Stands around the work on one object: ends it when the object is this install's no longer (deleted, replaced, or
+//! labelled for another), and keeps a panic in it from all others.
+
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::time::Duration;
+
+use futures::FutureExt;
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Resource, ResourceExt};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use super::model::Fetched;
+use super::status::Failure;
+use crate::api::{AuditLogSweeper, Reason};
+use crate::database::Class;
+
+/// How often it looks at what the watch has seen, which costs no request.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// What the watches have seen.
+pub type Stores = [Store<Fetched>];
+
+/// Waits for some work that is done for an object, and cancels `stop`, at which it ends, when the object leaves.
+pub async fn run_while_owned<T>(
+    stores: &Stores,
+    object: &AuditLogSweeper,
+    stop: &CancellationToken,
+    work: impl Future<Output = T>,
+) -> T {
+    let mut work = pin!(work);
+    tokio::select! {
+        done = &mut work => return done,
+        () = has_left(stores, object) => {}
+    }
+    let (namespace, name) = (object.namespace(), object.name_any());
+    info!(namespace, name, "deleted, replaced, or labelled for others: ending what is being done for it");
+    stop.cancel();
+    work.await
+}
+
+/// Waits until the object has left. Never looks at once: right after a change the watch may lag behind.
+async fn has_left(stores: &Stores, object: &AuditLogSweeper) {
+    loop {
+        sleep(LOOK).await;
+        if !is_there(stores, object) {
+            return;
+        }
+    }
+}
+
+fn is_there(stores: &Stores, object: &AuditLogSweeper) -> bool {
+    let key = ObjectRef::new(&object.name_any()).within(&object.namespace().unwrap_or_default());
+    stores.iter().filter_map(|store| store.get(&key)).any(|seen| {
+        let (seen, object) = (seen.meta(), object.meta());
+        seen.uid == object.uid && seen.deletion_timestamp.is_none()
+    })
+}
+
+/// Waits for a piece of work; a panic in it is a failure of this object, and of no other. What the panic says may be
+/// data.
+pub async fn catch_panic<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    AssertUnwindSafe(work).catch_unwind().await.map_err(|_| Failure {
+        reason: Reason::InternalError,
+        message: "a bug in the operator ended this attempt; its log says where. Please report it".into(),
+        class: Class::Transient,
+        reachable: None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::runtime::reflector;
+    use kube::runtime::reflector::store::Writer;
+    use kube::runtime::watcher::Event;
+    use serde_json::json;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    fn object(metadata: serde_json::Value) -> AuditLogSweeper {
+        let mut whole = json!({ "name": "app", "namespace": "n", "uid": "1" });
+        whole.as_object_mut().unwrap().extend(metadata.as_object().unwrap().clone());
+        let spec = json!({ "database": { "secretRef": { "name": "db" } } });
+        serde_json::from_value(json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": whole, "spec": spec }))
+            .unwrap()
+    }
+
+    fn seen(metadata: serde_json::Value) -> Fetched {
+        Fetched(Ok(object(metadata)))
+    }
+
+    #[test]
+    fn only_an_object_that_is_deleted_replaced_or_labelled_for_others_has_left() {
+        let stays_after = |event| {
+            let mut writer = Writer::default();
+            writer.apply_watcher_event(&Event::Apply(seen(json!({}))));
+            writer.apply_watcher_event(&event);
+            is_there(&[reflector::store().0, writer.as_reader()], &object(json!({})))
+        };
+        assert!(!stays_after(Event::Delete(seen(json!({})))), "deleted, or labelled for others");
+        assert!(!stays_after(Event::InitDone), "a list that is without it");
+        assert!(!stays_after(Event::Apply(seen(json!({ "uid": "2" })))), "replaced");
+        assert!(!stays_after(Event::Apply(seen(json!({ "deletionTimestamp": "2026-01-01T00:00:00Z" })))));
+        assert!(stays_after(Event::Apply(seen(json!({ "generation": 2, "labels": { "a": "b" } })))));
+        assert!(stays_after(Event::Delete(seen(json!({ "name": "other" })))));
+        assert!(stays_after(Event::Delete(seen(json!({ "namespace": "other" })))));
+        assert!(stays_after(Event::Init), "the watch is being opened again");
+    }
+
+    #[tokio::test]
+    async fn work_for_an_object_that_has_left_is_told_to_end_and_waited_for() {
+        let stop = CancellationToken::new();
+        let work = async {
+            timeout(Duration::from_secs(1), stop.cancelled()).await.unwrap();
+            tokio::task::yield_now().await;
+            7
+        };
+        assert_eq!(run_while_owned(&[], &object(json!({})), &stop, work).await, 7);
+        let (store, mut writer) = reflector::store();
+        writer.apply_watcher_event(&Event::Apply(seen(json!({}))));
+        let stop = CancellationToken::new();
+        let work = timeout(LOOK * 2, stop.cancelled());
+        assert!(run_while_owned(&[store], &object(json!({})), &stop, work).await.is_err(), "it is there");
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_failure_that_says_nothing_of_what_it_carried() {
+        let failure = catch_panic::<()>(async { panic!("hunter2") }).await.unwrap_err();
+        assert_eq!((failure.reason, failure.class), (Reason::InternalError, Class::Transient));
+        assert!(!failure.message.contains("hunter2"));
+        assert_eq!(catch_panic(async { 1 }).await.unwrap(), 1);
+    }
+}

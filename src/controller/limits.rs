@@ -1,0 +1,255 @@
+//! Limits how many sweeps run at once, on one database server and in all. Preflights have a limiter of their own.
+//!
+//! First comes the server's permit, then the connection, and only then one of the permits for all: servers that do not
+//! answer, however many, hold none of those, and a slow one holds only its own share.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+
+use crate::sweep::throttle::Peers;
+
+/// The permits of all sweeps, or of all preflights.
+#[derive(Debug)]
+pub struct Limiter {
+    all: Arc<Semaphore>,
+    most: usize,
+    per_server: usize,
+    /// How many wait for one of the permits for all.
+    waiting: Arc<AtomicUsize>,
+    servers: Mutex<HashMap<String, Server>>,
+}
+
+/// What those on one server share.
+#[derive(Clone, Debug)]
+struct Server {
+    semaphore: Arc<Semaphore>,
+    waiting: Arc<AtomicUsize>,
+    /// Transactions that sweeps started there.
+    started: Arc<AtomicU64>,
+}
+
+/// A permit for one server, and what server that is.
+#[derive(Debug)]
+pub struct ServerPermit {
+    server: String,
+    /// Given back when dropped.
+    _permit: OwnedSemaphorePermit,
+}
+
+/// A permit, and whether it had to be waited for: then what was true before may no longer be.
+#[derive(Debug)]
+pub struct Acquired<T> {
+    pub permit: T,
+    pub waited: bool,
+}
+
+impl Limiter {
+    /// So many at once in all, and so many on one server.
+    pub fn new(all: usize, per_server: usize) -> Self {
+        Self {
+            all: Arc::new(Semaphore::new(all)),
+            most: all,
+            per_server,
+            waiting: Arc::default(),
+            servers: Mutex::default(),
+        }
+    }
+
+    /// Waits for a permit of a server, in the order of arrival. Dropping the future leaves the queue.
+    pub async fn acquire_server(&self, server: &str) -> Option<Acquired<ServerPermit>> {
+        let Server { semaphore, waiting, .. } = self.server(server);
+        let Acquired { permit, waited } = acquire(semaphore, &waiting).await?;
+        Some(Acquired { permit: ServerPermit { server: server.to_owned(), _permit: permit }, waited })
+    }
+
+    /// Whether `permit` is one of the server's, or becomes one at once. Gives another back: who holds one and waits for
+    /// another may wait for ever.
+    pub fn try_acquire_server(&self, server: &str, permit: &mut Option<ServerPermit>) -> bool {
+        if permit.as_ref().is_none_or(|permit| !permit.is_for(server)) {
+            drop(permit.take());
+            let taken = self.server(server).semaphore.try_acquire_owned().ok();
+            *permit = taken.map(|permit| ServerPermit { server: server.to_owned(), _permit: permit });
+        }
+        permit.is_some()
+    }
+
+    /// Waits until `permit` is one of the server's: what was true before may no longer be. False: it is stopped before.
+    pub async fn acquire_server_unless_stopped(
+        &self,
+        server: &str,
+        permit: &mut Option<ServerPermit>,
+        stop: &CancellationToken,
+    ) -> bool {
+        let granted = tokio::select! {
+            granted = self.acquire_server(server) => granted,
+            () = stop.cancelled() => None,
+        };
+        *permit = granted.map(|granted| granted.permit);
+        permit.is_some()
+    }
+
+    /// Waits for one of the permits for all, in the order of arrival.
+    pub async fn acquire_global(&self) -> Option<Acquired<OwnedSemaphorePermit>> {
+        acquire(self.all.clone(), &self.waiting).await
+    }
+
+    /// What sweeps on a server know of each other, for whoever has a permit of it: without one it is forgotten at once.
+    pub fn peers(&self, server: &str) -> Peers {
+        let Server { waiting, started, .. } = self.server(server);
+        Peers::new(started, waiting, self.waiting.clone())
+    }
+
+    /// How many of the permits for all are taken.
+    pub fn taken(&self) -> usize {
+        self.most.saturating_sub(self.all.available_permits())
+    }
+
+    fn server(&self, server: &str) -> Server {
+        let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever waits for or has a permit holds a share of its semaphore.
+        servers.retain(|_, server| Arc::strong_count(&server.semaphore) > 1);
+        let new = || Server {
+            semaphore: Arc::new(Semaphore::new(self.per_server)),
+            waiting: Arc::default(),
+            started: Arc::default(),
+        };
+        servers.entry(server.to_owned()).or_insert_with(new).clone()
+    }
+}
+
+impl ServerPermit {
+    /// Whether it is one of that server's.
+    pub fn is_for(&self, server: &str) -> bool {
+        self.server == server
+    }
+}
+
+/// Only a closed semaphore refuses, and nobody closes these.
+async fn acquire(semaphore: Arc<Semaphore>, waiting: &AtomicUsize) -> Option<Acquired<OwnedSemaphorePermit>> {
+    if let Ok(permit) = semaphore.clone().try_acquire_owned() {
+        return Some(Acquired { permit, waited: false });
+    }
+    let _waits = Waits::new(waiting);
+    semaphore.acquire_owned().await.ok().map(|permit| Acquired { permit, waited: true })
+}
+
+/// Somebody waits, until this is dropped.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    fn new(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn servers_do_not_wait_for_one_another_and_each_has_its_bound() {
+        let limiter = Limiter::new(1, 2);
+        let (first, _second) = (limiter.acquire_server("a").await.unwrap(), limiter.acquire_server("a").await.unwrap());
+        assert!(!first.waited && first.permit.is_for("a") && !first.permit.is_for("b"));
+        let third = limiter.acquire_server("a");
+        tokio::pin!(third);
+        assert!(timeout(Duration::from_millis(10), &mut third).await.is_err());
+        assert!(!limiter.acquire_server("b").await.unwrap().waited);
+        drop(first);
+        assert!(third.await.unwrap().waited);
+    }
+
+    #[tokio::test]
+    async fn a_permit_is_given_back_before_another_is_waited_for_and_a_stop_ends_the_wait() {
+        let (limiter, stop) = (Limiter::new(1, 1), CancellationToken::new());
+        let mut permit = None;
+        assert!(limiter.try_acquire_server("a", &mut permit));
+        assert!(limiter.try_acquire_server("a", &mut permit));
+        let other = limiter.acquire_server("b").await.unwrap();
+        assert!(!limiter.try_acquire_server("b", &mut permit) && permit.is_none());
+        let waiting = async {
+            assert!(
+                limiter.acquire_server_unless_stopped("b", &mut permit, &stop).await
+                    && permit.is_some_and(|permit| permit.is_for("b"))
+            );
+        };
+        tokio::pin!(waiting);
+        assert!(timeout(Duration::from_millis(10), &mut waiting).await.is_err());
+        assert!(!limiter.acquire_server("a").await.unwrap().waited);
+        drop(other);
+        waiting.await;
+        let (mut none, stopped) = (None, CancellationToken::new());
+        stopped.cancel();
+        assert!(limiter.try_acquire_server("b", &mut none));
+        let mut queued = None;
+        assert!(
+            !limiter.try_acquire_server("b", &mut queued)
+                && !limiter.acquire_server_unless_stopped("b", &mut queued, &stopped).await
+                && queued.is_none()
+        );
+    }
+
+    #[tokio::test]
+    async fn a_sweep_knows_that_somebody_waits_and_what_those_beside_it_began() {
+        let limiter = Limiter::new(1, 1);
+        let (_here, _there) = (limiter.acquire_server("a").await.unwrap(), limiter.acquire_server("b").await.unwrap());
+        let [here, beside, there] = ["a", "a", "b"].map(|server| limiter.peers(server));
+        let all = || [&here, &beside, &there].map(Peers::are_waiting);
+        beside.record_start();
+        assert_eq!(([here.started(), there.started()], all()), ([1, 0], [false; 3]));
+        for server in [Some("a"), None] {
+            let _last = limiter.all.clone().try_acquire_owned();
+            let waiting = async {
+                match server {
+                    Some(server) => drop(limiter.acquire_server(server).await),
+                    None => drop(limiter.acquire_global().await),
+                }
+            };
+            assert!(
+                timeout(Duration::from_millis(10), async {
+                    tokio::join!(waiting, async { assert_eq!(all(), [true, true, server.is_none()]) })
+                })
+                .await
+                .is_err()
+            );
+            assert_eq!(all(), [false; 3], "who gave up waits no longer");
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_overtakes_who_waits() {
+        let (limiter, stop) = (Limiter::new(1, 1), CancellationToken::new());
+        let (mut first, mut second, mut third) = (None, None, None);
+        assert!(limiter.try_acquire_server("a", &mut first));
+        let waiting = limiter.acquire_server_unless_stopped("a", &mut second, &stop);
+        tokio::pin!(waiting);
+        assert!(timeout(Duration::from_millis(10), &mut waiting).await.is_err());
+        drop(first);
+        assert!(!limiter.try_acquire_server("a", &mut third));
+        assert!(waiting.await);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_of_a_server_that_nobody_sweeps() {
+        let limiter = Limiter::new(1, 2);
+        for server in 0..100 {
+            drop(limiter.acquire_server(&server.to_string()).await);
+        }
+        assert_eq!(limiter.servers.lock().unwrap().len(), 1);
+    }
+}

@@ -1,0 +1,178 @@
+//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `columns`, `types`, `index`), tries the values
+//! (`values`) and says what fixes what it found (`finding`, `fix`).
+
+mod catalog;
+mod columns;
+mod dependants;
+mod finding;
+mod fix;
+mod index;
+mod judge;
+mod types;
+mod values;
+
+use std::time::Duration;
+
+pub use finding::{Checked, Finding, Fix, Part, RunAs, Severity, Subject};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio_postgres::SimpleQueryMessage;
+
+use crate::api::Reason;
+use crate::database::error::Step;
+use crate::database::session::{last_row, text};
+use crate::database::{Class, Error, Session, Target};
+use crate::sweep::{Plan, statement};
+
+/// Reaching the database and planning a statement takes far less than this.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connects and looks at everything that a sweep rests on. Changes nothing and locks no row.
+///
+/// # Errors
+/// When the database cannot be reached or stops answering: what is wrong with the table is no error but a finding.
+pub async fn check(plan: &Plan, target: &Target) -> Result<Checked, Error> {
+    check_in_turn(plan, target, std::future::ready(())).await
+}
+
+/// The same, but once connected it waits for its turn, and keeps what that gives to the end.
+///
+/// # Errors
+/// As [`check`].
+pub async fn check_in_turn<T>(plan: &Plan, target: &Target, turn: impl Future<Output = T>) -> Result<Checked, Error> {
+    let session = target.connect(plan.deadline).await?;
+    let _turn = turn.await;
+    let checked = look(&session, plan).await;
+    if checked.is_err() {
+        session.rollback().await;
+    }
+    session.close().await;
+    checked
+}
+
+async fn look(session: &Session, plan: &Plan) -> Result<Checked, Error> {
+    let mut checked = Checked::default();
+    let server: catalog::Server = ask(session, &catalog::server(timeout(plan))).await?;
+    checked.server_version = Some(server.version.clone());
+    if !judge::server(&server, &mut checked) {
+        return Ok(checked);
+    }
+    let facts: catalog::Catalog = ask(session, &catalog::catalog(plan, timeout(plan))).await?;
+    judge::catalog(plan, &server, &facts, &mut checked);
+    // Where more is wrong, the server would only say one of these things again.
+    if checked.blocking().is_some() {
+        return Ok(checked);
+    }
+    match batch_steps(session, plan).await {
+        Ok(steps) => {
+            try_values(session, plan, &facts, &mut checked).await?;
+            let completion = completion_indexes(session, plan, &facts).await?;
+            judge::statement(&steps, completion.as_deref(), &facts, &mut checked);
+        }
+        Err(error) if error.class() == Class::Transient && error.reason() != Reason::DatabaseError => {
+            return Err(error);
+        }
+        Err(error) => judge::refused_statement(&error, &mut checked),
+    }
+    Ok(checked)
+}
+
+/// Has the server evaluate what planning leaves for each row: domains, and the CHECKs that the values decide.
+async fn try_values(
+    session: &Session,
+    plan: &Plan,
+    facts: &catalog::Catalog,
+    checked: &mut Checked,
+) -> Result<(), Error> {
+    let Some(table) = &facts.table else { return Ok(()) };
+    for trial in values::trials(plan, table) {
+        let sql = statement::read_only(&trial.sql, timeout(plan));
+        match session.query(Step::Preflight, &sql, TIMEOUT).await {
+            Ok(answer) => {
+                let answer = last_row(&answer).and_then(|row| text(row, 0));
+                values::trial(&trial, Ok(answer), checked);
+            }
+            Err(error) => {
+                session.rollback().await;
+                if error.sqlstate().is_none() || session.is_closed() {
+                    return Err(error);
+                }
+                values::trial(&trial, Err(&error), checked);
+            }
+        }
+    }
+    values::untried(plan, facts, table, checked);
+    Ok(())
+}
+
+/// A statement of the preflight takes no longer than one of the sweep.
+fn timeout(plan: &Plan) -> Duration {
+    plan.statement_timeout.min(TIMEOUT)
+}
+
+/// Asks a question that is answered by one JSON document.
+async fn ask<T: DeserializeOwned>(session: &Session, sql: &str) -> Result<T, Error> {
+    let answer = session.query(Step::Preflight, sql, TIMEOUT).await?;
+    let document = last_row(&answer).and_then(|row| text(row, 0));
+    document.and_then(|json| serde_json::from_str(json).ok()).ok_or(Error::Answer("the question about the catalog"))
+}
+
+/// The server's plan for the batch that a sweep would run now, a line each.
+async fn batch_steps(session: &Session, plan: &Plan) -> Result<Vec<String>, Error> {
+    let answer = ask_plan(session, &statement::start(plan, timeout(plan))).await?;
+    let start = statement::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
+    let answer = ask_plan(session, &statement::explain(plan, &start, timeout(plan))).await?;
+    Ok(lines(&answer))
+}
+
+/// The indexes that the server would use to complete a row by its key, as the application does it. None: it was not asked.
+async fn completion_indexes(
+    session: &Session,
+    plan: &Plan,
+    facts: &catalog::Catalog,
+) -> Result<Option<Vec<String>>, Error> {
+    let column = facts.table.as_ref().and_then(|table| table.columns.iter().find(|c| c.name == plan.names.id));
+    let Some(column) = column else { return Ok(None) };
+    let sql = statement::explain_completion(plan, &column.type_text, timeout(plan));
+    match ask_plan(session, &sql).await {
+        Ok(answer) => {
+            let document: Option<Value> = serde_json::from_str(&lines(&answer).join("\n")).ok();
+            let mut indexes = vec![];
+            index_names(&document.ok_or(Error::Answer("the plan of a completion"))?, &mut indexes);
+            Ok(Some(indexes))
+        }
+        Err(error) if error.sqlstate().is_none() || session.is_closed() => Err(error),
+        // It only costs a warning.
+        Err(_) => Ok(None),
+    }
+}
+
+/// Every index that a plan in JSON names.
+fn index_names(plan: &Value, names: &mut Vec<String>) {
+    match plan {
+        Value::Object(fields) => {
+            names.extend(fields.get("Index Name").and_then(Value::as_str).map(str::to_owned));
+            fields.values().for_each(|field| index_names(field, names));
+        }
+        Value::Array(items) => items.iter().for_each(|item| index_names(item, names)),
+        _ => {}
+    }
+}
+
+/// Sends statements of the preflight, and rolls back what an error in them left open.
+async fn ask_plan(session: &Session, sql: &str) -> Result<Vec<SimpleQueryMessage>, Error> {
+    let answer = session.query(Step::Preflight, sql, TIMEOUT).await;
+    if answer.is_err() {
+        session.rollback().await;
+    }
+    answer
+}
+
+/// The first field of every row.
+fn lines(answer: &[SimpleQueryMessage]) -> Vec<String> {
+    let rows = answer.iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => text(row, 0).map(str::to_owned),
+        _ => None,
+    });
+    rows.collect()
+}

@@ -1,0 +1,404 @@
+//! Drives a sweep: connect, freeze the cutoff, batch after batch, then count what is left.
+
+mod attempt;
+mod cancel;
+mod commit;
+mod failure_streak;
+
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout};
+use tokio_postgres::SimpleQueryMessage;
+use tokio_util::sync::CancellationToken;
+
+use super::batch_planner::BatchPlanner;
+use super::report::Ended;
+use super::statement::{self, Batch, Cursor, Start};
+use super::throttle::{self, Peers, Throttle};
+use super::{Plan, Report};
+use crate::api::spec::Mode;
+use crate::api::status::Backlog;
+use crate::database::error::{Recovery, Step};
+use crate::database::session::{last_row, text};
+use crate::database::{Error, Session, Target};
+use failure_streak::{ALIKE, FailureStreak};
+
+/// The server ends a statement by itself; this long after that it is taken for dead.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// A batch that lost against other transactions is tried again this often at once.
+const CONFLICTS: u32 = 5;
+
+/// A batch that found the table locked is tried again this often.
+const LOCKED: u32 = 3;
+
+/// The longest that the first question of a sweep may take.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Planning a statement takes far less than this.
+const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// With less time than this for a statement the deadline counts as reached.
+const LEAST_TIME: Duration = Duration::from_millis(20);
+
+/// So many of them are named.
+pub const NAMED: usize = 10;
+
+/// From this many completed rows on, the backlog is counted from where the sweep stopped: the index entries of rows
+/// just completed would have to be read again.
+const COUNT_FROM_CURSOR: i64 = 10_000;
+
+/// One attempt at a sweep.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// What to sweep.
+    pub plan: Plan,
+    /// Where.
+    pub target: Target,
+    /// The most rows to complete: the limit less what earlier attempts of the same slot completed.
+    pub limit: i64,
+    /// Where to begin; None: with the oldest row.
+    pub resume_after: Option<Cursor>,
+    /// Sweeps of this process on the same server.
+    pub peers: Peers,
+}
+
+impl Job {
+    /// A whole sweep from the oldest row on, alone.
+    pub fn new(plan: Plan, target: Target) -> Self {
+        Self { limit: plan.limit, plan, target, resume_after: None, peers: Peers::default() }
+    }
+}
+
+/// A sweep whose connection is open.
+#[derive(Debug)]
+pub struct Connected {
+    session: Session,
+    /// When it began to connect, later by what it then had to wait.
+    start: Instant,
+}
+
+impl Connected {
+    /// It had to wait so long for its turn: that is none of its own time.
+    pub fn waited(&mut self, time: Duration) {
+        self.start += time;
+    }
+
+    /// Does without the sweep.
+    pub async fn close(self) {
+        self.session.close().await;
+    }
+}
+
+/// Makes one attempt. Never fails as such: the report counts what was committed, and holds the error if there was one.
+pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
+    match connect(job, stop).await {
+        Ok(connected) => run(connected, job, stop).await,
+        Err(report) => *report,
+    }
+}
+
+/// The first half of an attempt: connects.
+///
+/// # Errors
+/// The report of an attempt that came no further.
+pub async fn connect(job: &Job, stop: &CancellationToken) -> Result<Connected, Box<Report>> {
+    let start = Instant::now();
+    let connected = tokio::select! {
+        session = job.target.connect(job.plan.deadline) => session.map_err(|error| (None, Some(error))),
+        () = stop.cancelled() => Err((Some(Ended::Stopped), None)),
+    };
+    connected
+        .map(|session| Connected { session, start })
+        .map_err(|(ended, error)| Box::new(Report { ended, error, duration: start.elapsed(), ..Report::default() }))
+}
+
+/// The second half: sweeps, with the report that [`sweep`] gives.
+pub async fn run(connected: Connected, job: &Job, stop: &CancellationToken) -> Report {
+    let start = connected.start;
+    let mut report = Report::default();
+    let ended = tokio::select! {
+        ended = sweep_with(connected, job, stop, &mut report) => ended,
+        () = cancel::overdue(stop) => Ok(Ended::Stopped),
+    };
+    match ended {
+        Ok(ended) => report.ended = Some(ended),
+        Err(error) => report.error = Some(error),
+    }
+    report.duration = start.elapsed();
+    report
+}
+
+async fn sweep_with(
+    connected: Connected,
+    job: &Job,
+    stop: &CancellationToken,
+    report: &mut Report,
+) -> Result<Ended, Error> {
+    let Job { plan, target, limit, resume_after, peers } = job;
+    let Connected { session, start } = connected;
+    let deadline = start + plan.deadline;
+    let mut sweep = Sweep { plan, target, session, resume_after, peers, deadline, stop, report };
+    let asked = tokio::select! {
+        asked = sweep.ask_start(start) => asked?,
+        () = stop.cancelled() => return Ok(Ended::Stopped),
+    };
+    let (ended, cursor) = match plan.mode {
+        Mode::Apply => sweep.batches(&asked, *limit).await?,
+        Mode::Observe => {
+            tokio::select! {
+                explained = explain(&sweep.session, plan, &asked) => explained?,
+                () = stop.cancelled() => return Ok(Ended::Stopped),
+            }
+            (Ended::Observed, None)
+        }
+    };
+    if ended == Ended::DeadlineReached && sweep.report.batches == 0 {
+        return Err(Error::NothingDone { rows: plan.batch_size, deadline: plan.deadline });
+    }
+    let ended = match ended {
+        Ended::Drained | Ended::LimitReached | Ended::Observed => {
+            let counted = tokio::select! {
+                backlog = sweep.backlog(&asked, cursor.as_ref()) => Some(backlog?),
+                () = stop.cancelled() => None,
+            };
+            let Some(backlog) = counted else {
+                drop(timeout(cancel::CANCEL, sweep.session.cancel()).await);
+                return Ok(ended);
+            };
+            let nothing_left = backlog.remaining == 0;
+            sweep.report.backlog = Some(backlog);
+            // A limit that was just enough held nothing back.
+            if nothing_left && ended == Ended::LimitReached { Ended::Drained } else { ended }
+        }
+        Ended::DeadlineReached | Ended::Stopped => ended,
+    };
+    sweep.session.close().await;
+    Ok(ended)
+}
+
+/// Has the server plan the statement of a batch.
+async fn explain(session: &Session, plan: &Plan, start: &Start) -> Result<(), Error> {
+    let limit = plan.statement_timeout.min(EXPLAIN_TIMEOUT);
+    let planned = session.query(Step::Preflight, &statement::explain(plan, start, limit), EXPLAIN_TIMEOUT).await;
+    if planned.is_err() {
+        session.rollback().await;
+    }
+    planned.map(drop)
+}
+
+struct Sweep<'a> {
+    plan: &'a Plan,
+    target: &'a Target,
+    session: Session,
+    resume_after: &'a Option<Cursor>,
+    peers: &'a Peers,
+    deadline: Instant,
+    stop: &'a CancellationToken,
+    report: &'a mut Report,
+}
+
+/// What became of a try.
+enum BatchAttempt {
+    /// It waits for its COMMIT.
+    Batch(Batch),
+    /// The sweep is over.
+    Early(Ended),
+    /// The server refused this row.
+    Refused { row: Cursor, error: Error },
+}
+
+/// What came of a statement.
+enum Answer {
+    Rows(Vec<SimpleQueryMessage>),
+    Early(Ended),
+}
+
+/// Waits about so long, so that those who collided do not collide again.
+async fn pause(about: Duration) {
+    tokio::time::sleep(about.mul_f64(0.5 + fastrand::f64())).await;
+}
+
+impl Sweep<'_> {
+    /// Asks what the whole sweep rests on, once. The cutoff is frozen, so that the sweep ends.
+    async fn ask_start(&mut self, start: Instant) -> Result<Start, Error> {
+        let mut locked = 0;
+        let answer = loop {
+            // It reads the catalog alone, so `statementTimeout` does not bound it.
+            let limit = self.time_left().clamp(LEAST_TIME, START_TIMEOUT);
+            let sql = statement::start(self.plan, limit);
+            match self.session.query(Step::Cutoff, &sql, limit + GRACE).await {
+                Err(error) if error.recovery() == Recovery::Later && locked < LOCKED && limit > LEAST_TIME => {
+                    locked += 1;
+                    self.session.rollback().await;
+                    pause(Duration::from_millis(500)).await;
+                }
+                answer => break answer?,
+            }
+        };
+        let asked = statement::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
+        self.report.database_time = asked.now.map(|now| (now, start.elapsed()));
+        self.report.cutoff = statement::read_time(&asked.cutoff);
+        Ok(asked)
+    }
+
+    /// Completes batches until nothing is left or something ends it; also returns how far it looked.
+    async fn batches(&mut self, start: &Start, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
+        let mut planner = BatchPlanner::new(self.plan.batch_size);
+        let mut throttle = Throttle::new(self.plan.yield_budget);
+        let mut cursor = self.resume_after.clone();
+        let mut streak = FailureStreak::default();
+        let ended = loop {
+            let left = limit - self.report.timed_out;
+            if left <= 0 {
+                break Ended::LimitReached;
+            }
+            let alone = planner.alone();
+            let way = throttle.max_rows(self.time_spent()).filter(|_| !self.peers.are_waiting());
+            let size = if alone { 1 } else { planner.next(way.map_or(left, |rows| left.min(rows))) };
+            if way.is_some() {
+                pause(throttle::PAUSE).await;
+            }
+            self.peers.record_start();
+            let started = self.peers.started();
+            let attempted = if alone {
+                self.one(start, cursor.as_ref()).await
+            } else {
+                self.batch(start, cursor.as_ref(), size).await
+            };
+            let error = match attempted {
+                Ok(BatchAttempt::Early(ended)) => break ended,
+                Ok(BatchAttempt::Batch(batch)) => {
+                    if batch.selected > 0 && batch.cursor.is_none() {
+                        self.session.rollback().await;
+                        return Err(Error::NullKey);
+                    }
+                    self.commit(start, &batch).await?;
+                    self.report.small_batches += i64::from(size < planner.next(left));
+                    streak = FailureStreak::default();
+                    planner.went_well(size);
+                    if let Some(ended) = batch.ended {
+                        throttle.record(ended, started, self.time_spent());
+                    }
+                    cursor = batch.cursor.or(cursor);
+                    if batch.selected < size {
+                        break Ended::Drained;
+                    }
+                    continue;
+                }
+                // It had less time than a statement may take: that says nothing of the row.
+                Ok(BatchAttempt::Refused { error, .. })
+                    if error.recovery() == Recovery::Smaller && self.is_short_of_time() =>
+                {
+                    break Ended::DeadlineReached;
+                }
+                Ok(BatchAttempt::Refused { row, error }) if error.recovery() == Recovery::Smaller => {
+                    self.report.skipped += 1;
+                    streak.skipped += 1;
+                    cursor = Some(row);
+                    planner.stepped_over();
+                    if streak.skipped >= ALIKE {
+                        self.report.resume_after = start.shown(cursor.clone());
+                        return Err(error);
+                    }
+                    continue;
+                }
+                Ok(BatchAttempt::Refused { row, error })
+                    if error.recovery() == Recovery::Bisect || streak.conflicts >= CONFLICTS =>
+                {
+                    self.refuse(start, &row, &error);
+                    cursor = Some(row);
+                    planner.stepped_over();
+                    streak.conflicts = 0;
+                    if let Some(error) = streak.too_many(error, self.report.refused) {
+                        self.report.resume_after = start.shown(cursor.clone());
+                        return Err(error);
+                    }
+                    continue;
+                }
+                Ok(BatchAttempt::Refused { error, .. }) | Err(error) => error,
+            };
+            self.session.rollback().await;
+            match error.recovery() {
+                Recovery::Again if streak.conflicts < CONFLICTS => {
+                    streak.conflicts += 1;
+                    pause(Duration::from_millis(20)).await;
+                }
+                Recovery::Later if streak.locked < LOCKED => {
+                    streak.locked += 1;
+                    pause(Duration::from_millis(500)).await;
+                }
+                Recovery::Smaller if !alone => planner.was_busy(size),
+                Recovery::Again | Recovery::Bisect if !alone => {
+                    self.diagnose(start, error).await?;
+                    streak.conflicts = 0;
+                    planner.was_refused(size);
+                }
+                _ => return Err(error),
+            }
+        };
+        // Rows behind those that were refused go first until the end was reached once.
+        if ended != Ended::Drained && self.resume_after.is_some() {
+            self.report.resume_after = start.shown(cursor.clone());
+        }
+        Ok((ended, cursor))
+    }
+
+    /// Counts a row that the server refuses, and names it where its key is no row data.
+    fn refuse(&mut self, start: &Start, row: &Cursor, error: &Error) {
+        self.report.refused += 1;
+        self.report.refused_why.get_or_insert_with(|| error.to_string());
+        if self.report.refused_ids.len() < NAMED && start.key_is_shown {
+            self.report.refused_ids.extend(row.id.clone());
+        }
+    }
+
+    /// How long the next statement may take; None: no further one begins. Never all the time that is left, so that a
+    /// batch which is too large for it can be tried again with fewer rows.
+    fn time_for_a_statement(&self) -> Option<Duration> {
+        let share = self.time_left() / 4;
+        (!self.stop.is_cancelled() && share >= LEAST_TIME).then(|| self.plan.statement_timeout.min(share))
+    }
+
+    fn time_spent(&self) -> Duration {
+        self.plan.deadline.saturating_sub(self.time_left())
+    }
+
+    fn time_left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    /// Whether the last statement had less time than `statementTimeout` says.
+    fn is_short_of_time(&self) -> bool {
+        self.time_left() / 4 < self.plan.statement_timeout
+    }
+
+    /// Why no further statement begins.
+    fn cause(&self) -> Ended {
+        if self.stop.is_cancelled() { Ended::Stopped } else { Ended::DeadlineReached }
+    }
+
+    /// Tells a row that the server refuses from a statement that fits no row: that one EXPLAIN refuses too.
+    async fn diagnose(&self, start: &Start, error: Error) -> Result<(), Error> {
+        if self.session.is_closed() {
+            return Err(error);
+        }
+        explain(&self.session, self.plan, start).await
+    }
+
+    /// Counts the stale rows that are left.
+    async fn backlog(&mut self, start: &Start, cursor: Option<&Cursor>) -> Result<Backlog, Error> {
+        let bound = self.plan.backlog_bound();
+        let cursor = cursor.filter(|_| self.report.timed_out >= COUNT_FROM_CURSOR);
+        let sql = statement::backlog(self.plan, start, cursor, bound, self.plan.statement_timeout);
+        let answer = self.session.query(Step::Backlog, &sql, self.response_timeout()).await?;
+        let row = last_row(&answer).ok_or(Error::Answer("the count of the backlog"))?;
+        let counted = text(row, 0).and_then(|n| n.parse().ok());
+        let oldest = text(row, 1).and_then(statement::read_time);
+        Ok(Backlog::new(counted.ok_or(Error::Answer("the count of the backlog"))?, bound, oldest))
+    }
+
+    fn response_timeout(&self) -> Duration {
+        self.plan.statement_timeout + GRACE
+    }
+}

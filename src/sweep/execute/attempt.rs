@@ -1,0 +1,56 @@
+//! One try at a batch, or at a single row, up to its COMMIT.
+
+use super::{Answer, BatchAttempt, Cursor, Ended, Error, Start, Step, Sweep, statement};
+use crate::sweep::statement::Batch;
+use tokio_postgres::SimpleQueryMessage;
+
+impl Sweep<'_> {
+    /// Completes the next row by itself, up to its COMMIT; a refusal tells which row it is.
+    pub(super) async fn one(&mut self, start: &Start, cursor: Option<&Cursor>) -> Result<BatchAttempt, Error> {
+        let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(BatchAttempt::Early(self.cause())) };
+        let sql = statement::choose_one(self.plan, start, cursor, statement_timeout);
+        let chosen = match self.ask_for_rows(Step::Select, &sql, statement_timeout).await? {
+            Answer::Early(ended) => return Ok(BatchAttempt::Early(ended)),
+            Answer::Rows(answer) => statement::read_chosen(&answer),
+        };
+        let Some(row) = chosen else {
+            self.session.rollback().await;
+            return Ok(BatchAttempt::Early(Ended::Drained));
+        };
+        match self.ask_for_rows(Step::Batch, &statement::complete_one(self.plan, start, &row), statement_timeout).await
+        {
+            Ok(Answer::Early(ended)) => Ok(BatchAttempt::Early(ended)),
+            Ok(Answer::Rows(answer)) => self.read_batch(&answer).await.map(BatchAttempt::Batch),
+            Err(error @ Error::Server(_)) => {
+                self.session.rollback().await;
+                Ok(BatchAttempt::Refused { row, error })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Runs one batch up to its COMMIT.
+    pub(super) async fn batch(
+        &mut self,
+        start: &Start,
+        cursor: Option<&Cursor>,
+        size: i64,
+    ) -> Result<BatchAttempt, Error> {
+        let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(BatchAttempt::Early(self.cause())) };
+        let sql = statement::batch(self.plan, start, cursor, size, statement_timeout);
+        match self.ask_for_rows(Step::Batch, &sql, statement_timeout).await? {
+            Answer::Early(ended) => Ok(BatchAttempt::Early(ended)),
+            Answer::Rows(answer) => self.read_batch(&answer).await.map(BatchAttempt::Batch),
+        }
+    }
+
+    /// Reads what a batch did, and takes it back if it changed rows beside those that it chose.
+    async fn read_batch(&self, answer: &[SimpleQueryMessage]) -> Result<Batch, Error> {
+        let batch = statement::read_batch(answer).ok_or(Error::Answer("a batch"))?;
+        if batch.completed > batch.selected {
+            self.session.rollback().await;
+            return Err(Error::KeyNotUnique { selected: batch.selected, completed: batch.completed });
+        }
+        Ok(batch)
+    }
+}

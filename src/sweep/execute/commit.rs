@@ -1,0 +1,99 @@
+//! The end of a batch: its COMMIT, and what to do when no answer to it comes.
+
+use std::time::Duration;
+
+use super::{Sweep, cancel, statement};
+use crate::database::Error;
+use crate::database::error::Step;
+use crate::database::session::{last_row, text};
+use crate::sweep::statement::{Batch, Receipt, Start};
+
+/// How long a COMMIT without an answer is looked up.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often the end of a transaction is asked for.
+const LOOKUP_PAUSE: Duration = Duration::from_millis(100);
+
+impl Sweep<'_> {
+    /// Commits a batch and counts it.
+    pub(super) async fn commit(&mut self, start: &Start, batch: &Batch) -> Result<(), Error> {
+        // Until it is known otherwise: a sweep that is told to stop may end in the midst of this.
+        self.report.uncertain += batch.completed;
+        let committed = tokio::select! {
+            committed = self.session.query(Step::Commit, "COMMIT", self.response_timeout()) => committed,
+            () = cancel::after(self.stop, cancel::COMMIT) => Err(Error::Timer { what: "COMMIT", after: cancel::COMMIT }),
+        };
+        let (known, result) = match committed {
+            Ok(_) => (Some(true), Ok(())),
+            // An error on a living connection is the server's word that nothing was committed. Any other end of COMMIT
+            // says nothing: the rows may be committed.
+            Err(error) => match &batch.receipt {
+                Some(receipt) if !matches!(&error, Error::Server(_)) || says_nothing(error.sqlstate()) => {
+                    (self.find_out(start, receipt).await, Err(error))
+                }
+                _ => (Some(false), Err(error)),
+            },
+        };
+        if let Some(committed) = known {
+            self.report.uncertain -= batch.completed;
+            if committed {
+                self.count(batch);
+            }
+        }
+        result
+    }
+
+    fn count(&mut self, batch: &Batch) {
+        self.report.timed_out += batch.completed;
+        self.report.suppressed += batch.selected - batch.completed;
+        self.report.batches += 1;
+    }
+
+    /// Whether the transaction of a receipt was committed; None: it cannot be known in the time there is.
+    async fn find_out(&self, start: &Start, receipt: &Receipt) -> Option<bool> {
+        tokio::select! {
+            committed = self.look_up(start, receipt) => Some(committed),
+            () = tokio::time::sleep(LOOKUP_TIMEOUT) => None,
+            () = cancel::after(self.stop, cancel::LOOKUP) => None,
+        }
+    }
+
+    async fn look_up(&self, start: &Start, receipt: &Receipt) -> bool {
+        loop {
+            match self.ask(start, receipt).await {
+                Ok(Some(answer)) => return answer,
+                // In progress, or the server is not back yet.
+                Ok(None) | Err(_) => tokio::time::sleep(LOOKUP_PAUSE).await,
+            }
+        }
+    }
+
+    async fn ask(&self, start: &Start, receipt: &Receipt) -> Result<Option<bool>, Error> {
+        let session = self.target.connect(LOOKUP_TIMEOUT).await?;
+        let status =
+            session.query(Step::Lookup, &statement::transaction_status(receipt), self.response_timeout()).await;
+        let status = match &status {
+            Ok(answer) => last_row(answer).and_then(|row| text(row, 0)).unwrap_or_default(),
+            // After a failover the new primary may not know the transaction's id; the row itself then tells.
+            Err(Error::Server(_)) => "unknown",
+            Err(_) => return Ok(None),
+        };
+        if status == "in progress" {
+            return Ok(None);
+        }
+        let row = session
+            .query(Step::Lookup, &statement::row_status(self.plan, start, receipt), self.response_timeout())
+            .await?;
+        session.close().await;
+        Ok(match last_row(&row).map(|row| text(row, 0)) {
+            Some(carries) => Some(carries == Some("t")),
+            // The row is gone: only the transaction can tell.
+            None => Some(status == "committed"),
+        })
+    }
+}
+
+/// Whether an error in answer to COMMIT leaves open if it took place: the server was going away.
+fn says_nothing(sqlstate: Option<&str>) -> bool {
+    sqlstate.is_some_and(|code| code.starts_with("08") || code.starts_with("57P") || code.starts_with("25P0"))
+}
