@@ -6,7 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
 use super::cut;
-use super::status::MAX_MESSAGE;
+use super::status::{MAX_CONDITIONS, MAX_MESSAGE};
 
 /// The types of condition, in the order in which they are listed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -190,9 +190,11 @@ impl ConditionUpdate {
     }
 }
 
-/// The new list of our conditions. A `lastTransitionTime` moves only when the status flips. Conditions that others set
-/// are left out: server-side apply leaves them where they are.
+/// The new list of conditions. A `lastTransitionTime` moves only when the status flips. Conditions that others set stay, as long as there is
+/// room: a list that is too long would have every write of the status refused.
 pub fn apply(old: &[Condition], updates: &[ConditionUpdate], generation: i64, now: DateTime<Utc>) -> Vec<Condition> {
+    let ours = |condition: &&Condition| ConditionType::ALL.iter().any(|ours| ours.as_str() == condition.type_);
+    let foreign = old.iter().filter(|condition| !ours(condition)).cloned();
     updates
         .iter()
         .map(|update| {
@@ -211,6 +213,8 @@ pub fn apply(old: &[Condition], updates: &[ConditionUpdate], generation: i64, no
                 last_transition_time: unchanged.map_or_else(|| time(now), |c| c.last_transition_time.clone()),
             }
         })
+        .chain(foreign)
+        .take(MAX_CONDITIONS)
         .collect()
 }
 
@@ -253,6 +257,17 @@ mod tests {
         let old = apply(&[], &[ConditionUpdate::new(ConditionType::Reconciling, true, Reason::Pending, "")], 1, at(1));
         let new = apply(&old, &[ConditionUpdate::new(ConditionType::Ready, true, Reason::Swept, "")], 1, at(2));
         assert_eq!(new.iter().map(|c| c.type_.as_str()).collect::<Vec<_>>(), ["Ready"]);
+    }
+
+    #[test]
+    fn conditions_of_others_stay_while_there_is_room() {
+        let ready = apply(&[], &[ConditionUpdate::new(ConditionType::Ready, true, Reason::Swept, "")], 1, at(1));
+        let foreign = |number| Condition { type_: format!("Foreign{number}"), ..ready[0].clone() };
+        let old: Vec<Condition> = (0..MAX_CONDITIONS).map(foreign).chain(ready.clone()).collect();
+        let new =
+            apply(&old, &[ConditionUpdate::new(ConditionType::Ready, false, Reason::TableNotFound, "")], 1, at(2));
+        let types: Vec<_> = new.iter().map(|c| c.type_.as_str()).collect();
+        assert_eq!((types.len(), types[0], types[1]), (MAX_CONDITIONS, "Ready", "Foreign0"));
     }
 
     #[test]

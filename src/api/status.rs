@@ -1,12 +1,15 @@
 //! What users read: the status subresource. Every string has a bound here, and the setters cut to it.
 
-use chrono::{DateTime, SubsecRound, Utc};
+use chrono::{DateTime, NaiveDateTime, SubsecRound, Utc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Reason, cut};
+
+/// The most conditions that a status may have, those of others included.
+pub const MAX_CONDITIONS: usize = 64;
 
 /// The most bytes that a message in the status may have.
 pub const MAX_MESSAGE: usize = 1024;
@@ -23,7 +26,7 @@ pub struct AuditLogSweeperStatus {
     /// they are true.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
-    #[schemars(length(max = 32))]
+    #[schemars(length(max = 64))]
     pub conditions: Vec<Condition>,
 
     /// The slot of the schedule that the last sweep was for.
@@ -247,13 +250,24 @@ pub struct ResumeAfter {
 }
 
 impl ResumeAfter {
-    /// Whether it can be what an operator wrote: the status may have been edited.
-    pub fn is_plausible(&self) -> bool {
-        // Years before ours and infinite times too: whatever the database may write for a time.
-        let time = |text: &str| text.len() <= 64 && text.bytes().all(|b| b"0123456789-+:. BCinfty".contains(&b));
+    /// Whether an operator can have written it before `now`: the status may have been edited, or restored from a backup. A
+    /// place in the future would hide every row.
+    pub fn is_plausible(&self, now: DateTime<Utc>) -> bool {
+        let time = |text: &str| {
+            let Some(time) = text.strip_suffix("+00") else {
+                return text == "-infinity"
+                    || text.strip_suffix("+00 BC").is_some_and(|time| calendar_time(time).is_some());
+            };
+            calendar_time(time).is_some_and(|time| time.and_utc() <= now)
+        };
         let key = |id: &String| id.len() <= 36 && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
         time(&self.time_started) && self.id.as_ref().is_none_or(key)
     }
+}
+
+/// A time as PostgreSQL writes it, without its zone.
+fn calendar_time(text: &str) -> Option<NaiveDateTime> {
+    NaiveDateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S%.f").ok()
 }
 
 /// Sums over the life of the object.
@@ -299,16 +313,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_place_that_an_operator_wrote_is_resumed_from() {
-        let place = |time: &str, id: Option<&str>| ResumeAfter { time_started: time.into(), id: id.map(Into::into) };
-        assert!(place("2026-11-22 10:00:00.123456+00", Some("0f8fad5b-d9cb-469f-a165-70867728950e")).is_plausible());
-        assert!(place("2026-11-22 10:00:00+00", Some("-17")).is_plausible());
-        assert!(place("2026-11-22 10:00:00+00", None).is_plausible());
-        for time in ["-infinity", "0044-03-15 12:00:00+00 BC", "2026-11-22 10:00:00"] {
-            assert!(place(time, None).is_plausible(), "{time}");
+    fn a_resume_place_must_be_one_that_an_operator_can_have_written() {
+        let now = DateTime::parse_from_rfc3339("2026-11-27T10:00:00Z").unwrap().to_utc();
+        let is_plausible = |time: &str, id: Option<&str>| {
+            ResumeAfter { time_started: time.into(), id: id.map(Into::into) }.is_plausible(now)
+        };
+        assert!(is_plausible("2026-11-22 10:00:00.123456+00", Some("0f8fad5b-d9cb-469f-a165-70867728950e")));
+        assert!(is_plausible("2026-11-22 10:00:00+00", Some("-17")));
+        for time in ["-infinity", "0044-03-15 12:00:00+00 BC", "2026-11-27 10:00:00+00"] {
+            assert!(is_plausible(time, None), "{time}");
         }
-        assert!(!place("yesterday", None).is_plausible());
-        assert!(!place("2026-11-22 10:00:00+00", Some("x' OR true")).is_plausible());
+        for time in
+            ["infinity", "2026-11-27 10:00:01+00", "9999-12-31 00:00:00+00", "yesterday", "", "2026-11-22 10:00:00"]
+        {
+            assert!(!is_plausible(time, None), "{time}");
+        }
+        assert!(!is_plausible("2026-11-22 10:00:00+00", Some("x' OR true")));
     }
 
     #[test]

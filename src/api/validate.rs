@@ -7,7 +7,7 @@ use kube_cel::CompiledSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{AuditLogSweeper, AuditLogSweeperSpec, crd};
+use super::{AuditLogSweeper, AuditLogSweeperSpec, AuditLogSweeperStatus, crd};
 
 /// Compiled once.
 static RULES: LazyLock<Rules> = LazyLock::new(|| {
@@ -61,7 +61,30 @@ pub fn parse(object: &Value) -> Result<AuditLogSweeper, String> {
             unknown.join(", ")
         ));
     }
-    AuditLogSweeper::deserialize(object).map_err(|error| error.to_string())
+    AuditLogSweeper::deserialize(object).or_else(|error| {
+        // The spec decides whether the object is valid; of its status, what can be read will do.
+        let mut object = object.clone();
+        let status = object.get_mut("status").map(Value::take).unwrap_or_default();
+        let mut object = AuditLogSweeper::deserialize(&object).map_err(|_| error.to_string())?;
+        object.status = Some(readable_status(&status));
+        Ok(object)
+    })
+}
+
+/// A status without the fields, and without the items of lists, that cannot be read: an edit or a restored backup may have
+/// brought them.
+pub fn readable_status(status: &Value) -> AuditLogSweeperStatus {
+    let is_readable = |name: &str, value: &Value| AuditLogSweeperStatus::deserialize(&json!({ name: value })).is_ok();
+    let mut status = status.clone();
+    if let Value::Object(fields) = &mut status {
+        for (name, field) in fields.iter_mut() {
+            if let Value::Array(items) = field {
+                items.retain(|item| is_readable(name, &json!([item])));
+            }
+        }
+        fields.retain(|name, field| is_readable(name, field));
+    }
+    AuditLogSweeperStatus::deserialize(&status).unwrap_or_default()
 }
 
 /// The paths of the fields that the schema does not name.

@@ -20,7 +20,7 @@ pub const API_TIMEOUT: Duration = Duration::from_secs(15);
 pub const REQUEST_SLOTS: usize = 32;
 
 /// What the API server says when a status has a field that its CRD does not know.
-const UNKNOWN_FIELD: &str = "field not declared in schema";
+const UNKNOWN_FIELD: &str = "unknown field";
 
 /// An API request that did not succeed.
 #[derive(Debug, thiserror::Error)]

@@ -188,5 +188,5 @@ fn resume_after(object: &AuditLogSweeper) -> Option<Cursor> {
     // After an edit it may be another table.
     let at = status.unsweepable.as_ref().filter(|_| status.observed_generation == object.metadata.generation)?;
     let at = at.resume_after.as_ref()?;
-    at.is_plausible().then(|| Cursor { time_started: at.time_started.clone(), id: at.id.clone() })
+    at.is_plausible(Utc::now()).then(|| Cursor { time_started: at.time_started.clone(), id: at.id.clone() })
 }

@@ -4,20 +4,19 @@ use std::fmt::Debug;
 
 use chrono::{DateTime, Utc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
+use kube::api::{ApiResource, DynamicObject, Patch, PatchParams, ValidationDirective};
 use kube::core::NamespaceResourceScope;
 use kube::runtime::events::{Event as KubeEvent, EventType, Recorder};
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::client::{ApiError, ApiServer, text};
 use super::fetch::object;
 use super::model::Fetched;
 use super::status::events::{Event, events};
 use super::status::{self, Subject, Update};
-use crate::api::condition::ConditionType;
-use crate::api::{AuditLogSweeper, AuditLogSweeperStatus};
+use crate::api::{AuditLogSweeper, AuditLogSweeperStatus, validate};
 use crate::telemetry::metrics::Operation;
 
 /// The name under which the operator owns the fields of the status.
@@ -36,15 +35,16 @@ pub struct Published {
 }
 
 /// Writes the status that follows from `update` onto `base`, or onto what is there by now. None: the object is gone,
-/// or another one has its name.
+/// or another one has its name. `leads` is asked before each write: a replica that no longer leads only adds its counts.
 ///
 /// # Errors
-/// When the API did not take it; nothing is lost by trying again later.
+/// When the API server did not take it; nothing is lost by trying again later.
 pub async fn publish(
     server: &ApiServer,
     base: &AuditLogSweeper,
     subject: &Subject,
     update: &Update,
+    leads: impl Fn() -> bool,
     now: DateTime<Utc>,
 ) -> Result<Option<Published>, ApiError> {
     let namespace = base.namespace().unwrap_or_default();
@@ -55,34 +55,50 @@ pub async fn publish(
         if update.is_in(subject, &old) {
             return Ok(Some(Published { object: base, events: vec![] }));
         }
-        // Someone else's later attempt stands; only the sums take ours in. A time in the future is no attempt's.
+        // A later attempt of another replica stands, and so does what the leader does; only the totals take ours in. A
+        // time in the future is no attempt's.
         let later = |start| old.last_attempt_time.is_some_and(|last| start < last && last <= now);
-        let overtaken = update.start().is_some_and(later);
+        let overtaken = !leads() || update.start().is_some_and(later);
         let new = if overtaken { update.apply_totals(subject, &old) } else { update.apply(subject, &old) };
-        if same(&old, &new) {
+        if old == new {
             return Ok(Some(Published { object: base, events: vec![] }));
         }
         let events = if overtaken { vec![] } else { events(update, &old, &new) };
-        match patch::<AuditLogSweeper>(server, &base.metadata, &json!(new)).await {
+        match write_or_reduce(server, &base.metadata, new).await {
             Ok(object) => return Ok(Some(Published { object, events })),
-            Err(error) if error.code() == Some(404) => return Ok(None),
-            Err(error) if error.code() == Some(409) => {}
-            // It would be refused for ever. Without what may be too long, it may pass; else only the counts are lost.
-            Err(error) if error.code() == Some(422) => {
-                tracing::error!(%namespace, name = base.name_any(), error = text(&error), "the status was refused");
-                let reduced = AuditLogSweeperStatus { unsweepable: None, last_error: None, ..new };
-                let written = patch(server, &base.metadata, &json!(reduced)).await.ok();
-                return Ok(written.map(|object| Published { object, events }));
-            }
+            // It is gone, or others wrote it meanwhile: look.
+            Err(error) if matches!(error.code(), Some(404 | 409)) => {}
             Err(error) => return Err(error),
         }
         match object(server, &namespace, &base.name_any()).await? {
             Some(Fetched(Ok(now))) if now.uid().as_deref() == Some(&subject.uid) => base = now,
-            // Gone, replaced, or unreadable by now: there is nothing to write onto.
+            // The counts wait until it is valid again.
+            Some(Fetched(Err(invalid))) if invalid.metadata.uid.as_deref() == Some(&subject.uid) => break,
             _ => return Ok(None),
         }
     }
     Err(ApiError::Conflict)
+}
+
+/// Writes a status. If the API server finds it invalid, it may be too long for an older CRD: then without its texts.
+async fn write_or_reduce(
+    server: &ApiServer,
+    meta: &ObjectMeta,
+    new: AuditLogSweeperStatus,
+) -> Result<AuditLogSweeper, ApiError> {
+    match write(server, meta, &new).await {
+        Err(error) if error.code() == Some(422) => {
+            tracing::error!(
+                namespace = meta.namespace,
+                name = meta.name,
+                error = text(&error),
+                "the status was refused"
+            );
+            let reduced = AuditLogSweeperStatus { unsweepable: None, last_error: None, ..new };
+            write(server, meta, &reduced).await.map_err(|_| error)
+        }
+        written => written,
+    }
 }
 
 /// Tells what happened, by events. Best effort: nothing waits for them, and the status has it all.
@@ -102,30 +118,24 @@ pub async fn publish_events(server: &ApiServer, recorder: &Recorder, object: &Au
     }
 }
 
-/// Server-side apply with the resourceVersion: without it, a write for an object that is gone would land on a new one
-/// of the same name.
-async fn patch<K>(server: &ApiServer, meta: &ObjectMeta, status: &Value) -> Result<K, ApiError>
+/// Replaces the whole status, whoever wrote parts of it: a restored backup or a hand must not outlast the next write.
+/// With the resourceVersion, so that it fails if others wrote meanwhile, or if another object has the name.
+async fn write<K>(server: &ApiServer, meta: &ObjectMeta, status: &AuditLogSweeperStatus) -> Result<K, ApiError>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
 {
     let namespace = meta.namespace.as_deref().unwrap_or_default();
     let api: Api<K> = Api::namespaced(server.client.clone(), namespace);
-    let name = meta.name.as_deref().unwrap_or_default();
-    let body = json!({
-        "apiVersion": K::api_version(&()),
-        "kind": K::kind(&()),
-        "metadata": { "name": name, "resourceVersion": meta.resource_version },
-        "status": status,
-    });
-    let (params, body) = (PatchParams::apply(MANAGER).force(), Patch::Apply(&body));
-    server.essential(Operation::PatchStatus, namespace, api.patch_status(name, &params, &body)).await
-}
-
-/// Whether a write would change nothing of ours. Conditions that others set are not ours.
-fn same(old: &AuditLogSweeperStatus, new: &AuditLogSweeperStatus) -> bool {
-    let mut old = old.clone();
-    old.conditions.retain(|c| ConditionType::ALL.iter().any(|ours| ours.as_str() == c.type_));
-    old == *new
+    let operations = json!([
+        { "op": "replace", "path": "/metadata/resourceVersion", "value": meta.resource_version },
+        { "op": "add", "path": "/status", "value": status },
+    ]);
+    let patch = Patch::Json::<()>(serde_json::from_value(operations).map_err(kube::Error::SerdeError)?);
+    // A field that an older CRD does not know is an error, and is not dropped without a word.
+    let field_validation = Some(ValidationDirective::Strict);
+    let params = PatchParams { field_manager: Some(MANAGER.into()), field_validation, ..PatchParams::default() };
+    let write = api.patch_status(meta.name.as_deref().unwrap_or_default(), &params, &patch);
+    server.essential(Operation::PatchStatus, namespace, write).await
 }
 
 /// Says of an object that cannot be read, or breaks the rules, what is wrong with it.
@@ -144,15 +154,15 @@ pub async fn publish_invalid(
     let get = api.get_opt(meta.name.as_deref().unwrap_or_default());
     let Some(object) = server.essential(Operation::GetObject, namespace, get).await? else { return Ok(()) };
     let old = object.data.get("status").cloned().unwrap_or_default();
-    let old: AuditLogSweeperStatus = serde_json::from_value(old).unwrap_or_default();
+    let old = validate::readable_status(&old);
     // It is about another spec, or another object: the watch will tell.
     if (&object.metadata.uid, object.metadata.generation) != (&meta.uid, meta.generation) {
         return Ok(());
     }
     let generation = object.metadata.generation.unwrap_or_default();
     let new = status::invalid(&old, generation, error, now);
-    if same(&old, &new) {
+    if old == new {
         return Ok(());
     }
-    patch::<Fetched>(server, &object.metadata, &json!(new)).await.map(drop)
+    write::<Fetched>(server, &object.metadata, &new).await.map(drop)
 }

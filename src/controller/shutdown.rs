@@ -71,8 +71,9 @@ pub(super) async fn publish_update(
             _ => {}
         }
     };
+    let leads = || context.leadership.leads();
     let published = tokio::select! {
-        published = publish::publish(&context.server, object, subject, update, Utc::now()) => published?,
+        published = publish::publish(&context.server, object, subject, update, leads, Utc::now()) => published?,
         () = given_up => return Err(ApiError::Timeout(PUBLISH_TIMEOUT)),
     };
     let (written, events) = published.map_or((None, vec![]), |published| (Some(published.object), published.events));

@@ -25,4 +25,5 @@ mod requests;
 mod samples;
 mod scope;
 mod specs;
+mod status_writes;
 mod stopping;

@@ -68,25 +68,46 @@ impl LeaseSettings {
     }
 }
 
-/// Whether this replica leads. A term is a token that is cancelled when the lead is lost or the operator stops.
+/// A time in which this replica leads.
 #[derive(Clone, Debug)]
-pub struct Leadership(watch::Receiver<Option<CancellationToken>>);
+pub struct Term {
+    /// Is cancelled when the lead is lost or the operator stops.
+    token: CancellationToken,
+    /// When it ends unless the Lease is renewed. A process that was frozen may be past it before anything cancels the token.
+    until: Option<Instant>,
+}
+
+impl Term {
+    fn is_over(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() >= until)
+    }
+}
+
+/// Whether this replica leads.
+#[derive(Clone, Debug)]
+pub struct Leadership(watch::Receiver<Option<Term>>);
 
 impl Leadership {
     /// A leadership that somebody else decides about.
-    pub fn elected() -> (watch::Sender<Option<CancellationToken>>, Self) {
+    pub fn elected() -> (watch::Sender<Option<Term>>, Self) {
         let (sender, receiver) = watch::channel(None);
         (sender, Self(receiver))
     }
 
-    /// The term, if this replica leads.
+    /// The token of the term, if this replica leads and does not stop.
     pub fn term(&self) -> Option<CancellationToken> {
-        self.0.borrow().clone().filter(|term| !term.is_cancelled())
+        let term = self.0.borrow().clone().filter(|term| !term.is_over());
+        term.map(|term| term.token).filter(|token| !token.is_cancelled())
+    }
+
+    /// Whether this replica leads, also while it stops.
+    pub fn leads(&self) -> bool {
+        self.0.borrow().as_ref().is_some_and(|term| !term.is_over())
     }
 
     /// Leads from the start until `stop`, without an election.
     pub fn always(stop: &CancellationToken) -> Self {
-        Self(watch::channel(Some(stop.child_token())).1)
+        Self(watch::channel(Some(Term { token: stop.child_token(), until: None })).1)
     }
 
     /// Waits for a term to begin after those that were seen; None: there will be none.
@@ -105,7 +126,7 @@ impl Leadership {
 pub async fn elect(
     client: Client,
     settings: LeaseSettings,
-    leadership: watch::Sender<Option<CancellationToken>>,
+    leadership: watch::Sender<Option<Term>>,
     readiness: Readiness,
     instruments: Instruments,
     stop: CancellationToken,
@@ -199,7 +220,7 @@ struct Election {
     held: Option<Lease>,
     /// The end of our lead unless it is renewed; None: we do not lead.
     leads_until: Option<Instant>,
-    leadership: watch::Sender<Option<CancellationToken>>,
+    leadership: watch::Sender<Option<Term>>,
     stop: CancellationToken,
 }
 
@@ -250,15 +271,21 @@ impl Election {
         if self.leads_until.is_some_and(|end| now >= end) {
             self.leads_until = None;
         }
-        let leads = self.leadership.borrow().is_some();
+        let (leads, until) = (self.leadership.borrow().is_some(), self.leads_until);
         if leads && self.leads_until.is_none() {
             warn!(identity = self.candidate.settings.identity, "lost the lease: sweeps are stopped");
             if let Some(term) = self.leadership.send_replace(None) {
-                term.cancel();
+                term.token.cancel();
             }
-        } else if !leads && self.leads_until.is_some() {
+        } else if !leads && until.is_some() {
             info!(identity = self.candidate.settings.identity, "leading");
-            self.leadership.send_replace(Some(self.stop.child_token()));
+            self.leadership.send_replace(Some(Term { token: self.stop.child_token(), until }));
+        } else {
+            // A renewal is no new term.
+            self.leadership.send_if_modified(|term| {
+                term.iter_mut().for_each(|term| term.until = until);
+                false
+            });
         }
     }
 
@@ -285,17 +312,29 @@ mod tests {
     #[tokio::test]
     async fn a_term_ends_with_the_operator_and_each_one_is_announced() {
         let stop = CancellationToken::new();
+        let term = || Term { token: stop.child_token(), until: None };
         let (sender, mut leadership) = Leadership::elected();
         assert!(leadership.term().is_none());
-        sender.send_replace(Some(stop.child_token()));
+        sender.send_replace(Some(term()));
         assert_eq!(leadership.next_term().await, Some(()));
         sender.send_replace(None);
-        sender.send_replace(Some(stop.child_token()));
+        sender.send_replace(Some(term()));
         assert_eq!(leadership.next_term().await, Some(()));
         assert!(leadership.term().is_some());
         stop.cancel();
-        assert!(leadership.term().is_none());
+        assert!(leadership.term().is_none() && leadership.leads());
         drop(sender);
         assert_eq!(leadership.next_term().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_process_that_was_frozen_past_its_term_does_not_lead() {
+        let (sender, leadership) = Leadership::elected();
+        let token = CancellationToken::new();
+        let (soon, past) = (Instant::now() + Duration::from_secs(60), Instant::now());
+        for (until, leads) in [(soon, true), (past, false)] {
+            sender.send_replace(Some(Term { token: token.clone(), until: Some(until) }));
+            assert_eq!((leadership.leads(), leadership.term().is_some()), (leads, leads));
+        }
     }
 }

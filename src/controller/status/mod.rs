@@ -177,7 +177,10 @@ impl Update {
     /// The counts of this alone, added to a status that knows of a later attempt.
     pub fn apply_totals(&self, subject: &Subject, old: &AuditLogSweeperStatus) -> AuditLogSweeperStatus {
         let mut status = old.clone();
-        if let Self::Sweep { slot, start, end, result, .. } = self {
+        // Without rows there is nothing that only this attempt knows.
+        if let Self::Sweep { slot, start, end, result, .. } = self
+            && result.as_ref().as_ref().is_ok_and(|report| report.timed_out > 0)
+        {
             Attempt { subject, slot, start: *start, end: *end, result, checked: None }.add_totals(&mut status);
         }
         status
