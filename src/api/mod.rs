@@ -5,6 +5,7 @@ pub mod condition;
 pub mod crd;
 pub mod duration;
 pub mod manifest;
+pub mod request;
 pub mod spec;
 pub mod status;
 pub mod validate;

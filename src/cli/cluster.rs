@@ -29,7 +29,7 @@ const SWEEPERS: &str = "auditlogsweepers.auditlog.dev";
 #[derive(Debug, Args)]
 pub struct ClusterArgs {
     /// Namespace to look in [default: that of the kubeconfig's context]
-    #[arg(short, long, value_parser = super::run::label)]
+    #[arg(short, long, value_parser = super::names::label)]
     pub namespace: Option<String>,
     /// Context of the kubeconfig [default: its current one]
     #[arg(long)]

@@ -5,6 +5,7 @@ mod check;
 mod cluster;
 mod complete;
 mod input;
+mod names;
 mod run;
 mod status;
 mod style;

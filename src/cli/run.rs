@@ -13,6 +13,7 @@ use clap::{ArgAction, Args};
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::choose_proxy;
+use super::names::{label, label_or_empty, subdomain};
 use super::{default_roots, stop_signal};
 use crate::api;
 use crate::controller::leader::{self, Leadership, LeaseSettings};
@@ -67,32 +68,6 @@ pub struct Run {
     /// The least severe log lines that are written
     #[arg(long, value_enum, default_value = "info")]
     log_level: LogLevel,
-}
-
-/// The name of a namespace.
-///
-/// # Errors
-/// When no namespace can have it.
-pub fn label(text: &str) -> Result<String, String> {
-    let fits = (1..=63).contains(&text.len()) && is_label(text);
-    if fits { Ok(text.into()) } else { Err("must be the name of a namespace, such as my-namespace".into()) }
-}
-
-/// The same, or nothing, as a variable that is not set to anything says it.
-fn label_or_empty(text: &str) -> Result<String, String> {
-    if text.is_empty() { Ok(String::new()) } else { label(text) }
-}
-
-/// The name of a Lease.
-fn subdomain(text: &str) -> Result<String, String> {
-    let fits = text.len() <= 253 && text.split('.').all(is_label);
-    if fits { Ok(text.into()) } else { Err("must be the name of a Lease, such as my-lease".into()) }
-}
-
-/// What RFC 1123 calls a label, but for its length.
-fn is_label(text: &str) -> bool {
-    let inner = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
-    !text.is_empty() && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
 }
 
 /// A Lease counts in whole seconds.

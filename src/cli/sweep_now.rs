@@ -13,9 +13,9 @@ use super::status::{ObjectView, count, plain};
 use super::{Output, note, refuse, respond, show};
 use crate::api::Reason;
 use crate::api::condition::{self, Condition, ConditionType};
+use crate::api::request::REQUESTED_AT;
 use crate::api::status::Outcome;
 use crate::api::{self, AuditLogSweeperStatus};
-use crate::controller::status::REQUESTED_AT;
 
 /// How often the answer is looked for.
 const LOOK: Duration = Duration::from_millis(500);

@@ -8,7 +8,7 @@ use kube::ResourceExt;
 use kube::runtime::reflector::Store;
 
 use super::model::Fetched;
-use super::shutdown::Pending;
+use super::model::Pending;
 use crate::api::{AuditLogSweeperSpec, validate};
 use crate::telemetry::metrics::Counts;
 

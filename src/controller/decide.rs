@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::status::Subject;
+use super::model::{Slot, Subject};
 use crate::api::condition::{self, ConditionType};
 use crate::api::status::{AuditLogSweeperStatus, LastSweep, Outcome, Trigger, whole_seconds};
 
@@ -21,21 +21,6 @@ pub enum Decision {
     Sweep(Slot),
     /// Nothing, until then or until the object changes.
     Wait(Option<DateTime<Utc>>),
-}
-
-/// The slot of the schedule that a sweep is for.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Slot {
-    /// Its time.
-    pub schedule_time: DateTime<Utc>,
-    /// What caused it.
-    pub trigger: Trigger,
-    /// What is left of its limit.
-    pub limit: i64,
-    /// The failed attempt that this one continues.
-    pub continues: Option<LastSweep>,
-    /// The request that it answers, whatever caused it.
-    pub answers: Option<String>,
 }
 
 /// An attempt this much later than now was not made: a hand wrote it, or the clock has jumped. Clocks of two replicas
@@ -163,7 +148,7 @@ mod tests {
 
     use super::*;
     use crate::api::Reason;
-    use crate::controller::status::{Failure, Update};
+    use crate::controller::model::{Failure, Update};
     use crate::database::Class;
     use crate::preflight::Checked;
     use crate::sweep::Report;

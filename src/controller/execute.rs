@@ -9,10 +9,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::cache::Seen;
 use super::client::ApiError;
-use super::decide::Slot;
 use super::lifecycle::catch_panic;
 use super::log::log;
-use super::status::{Failure, Subject, Update};
+use super::model::Slot;
+use super::model::{Failure, Subject, Update};
 use super::{Context, fetch};
 use crate::api::AuditLogSweeper;
 use crate::api::condition::{self, ConditionType};

@@ -8,8 +8,8 @@ use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 
 use super::client::{ApiError, ApiServer, text};
+use super::model::Failure;
 use super::model::Fetched;
-use super::status::Failure;
 use crate::api::{AuditLogSweeper, Reason};
 use crate::credentials::{self, Credentials, CredentialsError};
 use crate::database::{Class, Target};

@@ -12,8 +12,8 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use super::model::Failure;
 use super::model::Fetched;
-use super::status::Failure;
 use crate::api::{AuditLogSweeper, Reason};
 use crate::database::Class;
 

@@ -3,7 +3,7 @@
 use kube::ResourceExt;
 use tracing::{debug, error, warn};
 
-use super::status::{Failure, Subject};
+use super::model::{Failure, Subject};
 use crate::api::AuditLogSweeper;
 use crate::sweep::Report;
 

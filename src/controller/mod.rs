@@ -16,7 +16,7 @@ pub mod leader;
 mod lifecycle;
 pub mod limits;
 mod log;
-mod model;
+pub mod model;
 #[cfg(test)]
 mod properties;
 pub mod publish;

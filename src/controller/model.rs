@@ -1,14 +1,21 @@
-//! An AuditLogSweeper as the API server holds it: readable, or the reason why this operator must not act on it.
+//! What the steps of the controller hand to each other: the object as it was read, and what was done for it.
 
 use std::borrow::Cow;
 
+use chrono::{DateTime, Utc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::Resource;
 use kube::core::error_boundary::InvalidObject;
+use kube::{Resource, ResourceExt};
 use serde::de::{Deserialize, Deserializer, Error};
 use serde_json::Value;
 
-use crate::api::{AuditLogSweeper, validate};
+use crate::api::request::{MAX_REQUEST, REQUESTED_AT};
+use crate::api::status::{LastSweep, Trigger};
+use crate::api::{AuditLogSweeper, AuditLogSweeperSpec, Reason, cut, validate};
+use crate::database::Class;
+use crate::preflight::{Checked, Finding};
+use crate::schedule::Grid;
+use crate::sweep::Report;
 
 /// The object, or why it cannot be acted on. A list or a watch goes on when one object is invalid.
 #[derive(Clone, Debug)]
@@ -54,6 +61,136 @@ impl Resource for Fetched {
 
     fn meta_mut(&mut self) -> &mut ObjectMeta {
         self.0.as_mut().map_or_else(|invalid| &mut invalid.metadata, Resource::meta_mut)
+    }
+}
+
+/// The object that something happened to: the spec and generation that were acted upon.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    pub uid: String,
+    pub generation: i64,
+    pub spec: AuditLogSweeperSpec,
+    /// The value of the annotation that asks for a sweep now, as far as it is looked at.
+    pub request: Option<String>,
+    /// Whether it is being deleted, and only some finalizer keeps it.
+    pub deleted: bool,
+}
+
+impl Subject {
+    /// The subject that an object is.
+    pub fn new(object: &AuditLogSweeper) -> Self {
+        Self {
+            uid: object.metadata.uid.clone().unwrap_or_default(),
+            generation: object.metadata.generation.unwrap_or_default(),
+            spec: object.spec.clone(),
+            request: object.annotations().get(REQUESTED_AT).map(|value| cut(value, MAX_REQUEST).to_owned()),
+            deleted: object.metadata.deletion_timestamp.is_some(),
+        }
+    }
+
+    /// The slots of its schedule.
+    pub fn grid(&self) -> Grid {
+        Grid::new(&self.uid, self.spec.period.as_std())
+    }
+}
+
+/// Why an attempt failed, and how that is treated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Failure {
+    pub reason: Reason,
+    pub message: String,
+    pub class: Class,
+    /// Whether the database answered; None: it was not asked.
+    pub reachable: Option<bool>,
+}
+
+impl From<&crate::database::Error> for Failure {
+    fn from(error: &crate::database::Error) -> Self {
+        let reason = error.reason();
+        let reachable = match reason {
+            Reason::InvalidConnectionURI | Reason::InvalidSpec => None,
+            Reason::NameResolutionFailed
+            | Reason::ConnectTimeout
+            | Reason::LoginTimeout
+            | Reason::ResponseTimeout
+            | Reason::ConnectionLost
+            | Reason::DatabaseUnreachable
+            | Reason::TLSFailed => Some(false),
+            _ => Some(true),
+        };
+        Self { reason, message: error.to_string(), class: error.class(), reachable }
+    }
+}
+
+impl From<&Finding> for Failure {
+    /// A finding for which a sweep must not begin.
+    fn from(finding: &Finding) -> Self {
+        let class = Class::of(finding.reason);
+        Self { reason: finding.reason, message: finding.in_one_line(), class, reachable: Some(true) }
+    }
+}
+
+/// The slot of the schedule that a sweep is for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Slot {
+    /// Its time.
+    pub schedule_time: DateTime<Utc>,
+    /// What caused it.
+    pub trigger: Trigger,
+    /// What is left of its limit.
+    pub limit: i64,
+    /// The failed attempt that this one continues.
+    pub continues: Option<LastSweep>,
+    /// The request that it answers, whatever caused it.
+    pub answers: Option<String>,
+}
+
+/// Something that happened, from which the next status is computed; again on top of another status if that was
+/// written meanwhile.
+#[derive(Debug)]
+pub enum Update {
+    /// The spec was seen and is being tried.
+    Acknowledged { now: DateTime<Utc> },
+    /// The spec says suspend.
+    Suspended { now: DateTime<Utc> },
+    /// A time in the status was one that no sweep can have.
+    Repaired { now: DateTime<Utc> },
+    /// A preflight ended.
+    Preflight { now: DateTime<Utc>, result: Result<Checked, Failure> },
+    /// An attempt at a sweep ended. With what a preflight before it found, if there was one.
+    Sweep {
+        slot: Slot,
+        start: DateTime<Utc>,
+        end: DateTime<Utc>,
+        result: Box<Result<Report, Failure>>,
+        checked: Option<Checked>,
+    },
+}
+
+/// An update on its way to the status.
+#[derive(Debug)]
+pub struct Pending {
+    /// The object that it came from.
+    pub base: AuditLogSweeper,
+    /// What was acted upon.
+    pub subject: Subject,
+    /// What came of it.
+    pub update: Update,
+}
+
+impl Pending {
+    /// Rows that were swept, and rows of which that is not known.
+    pub fn rows(&self) -> (i64, i64) {
+        match &self.update {
+            Update::Sweep { result, .. } => {
+                result.as_ref().as_ref().map_or((0, 0), |report| (report.timed_out, report.uncertain))
+            }
+            _ => (0, 0),
+        }
+    }
+
+    pub fn has_rows(&self) -> bool {
+        self.rows() != (0, 0)
     }
 }
 

@@ -3,9 +3,10 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 
-use super::decide::{Decision, Slot, decide};
+use super::decide::{Decision, decide};
+use super::model::Slot;
+use super::model::{Failure, Subject, Update};
 use super::status::events::events;
-use super::status::{Failure, Subject, Update};
 use crate::api::Reason;
 use crate::api::status::{AuditLogSweeperStatus, Trigger};
 use crate::database::Class;

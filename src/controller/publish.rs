@@ -14,8 +14,9 @@ use serde_json::json;
 use super::client::{ApiError, ApiServer, text};
 use super::fetch::object;
 use super::model::Fetched;
+use super::model::{Subject, Update};
+use super::status;
 use super::status::events::{Event, events};
-use super::status::{self, Subject, Update};
 use crate::api::{AuditLogSweeper, AuditLogSweeperStatus, validate};
 use crate::telemetry::metrics::Operation;
 

@@ -20,8 +20,9 @@ use super::execute::{Attempt, check, job, prepare};
 use super::lifecycle::{self, catch_panic};
 use super::limits::{Limiter, ServerPermit};
 use super::model::Fetched;
-use super::shutdown::{Pending, publish_update};
-use super::status::{Subject, Update};
+use super::model::Pending;
+use super::model::{Subject, Update};
+use super::shutdown::publish_update;
 use super::{Context, client, fetch, publish};
 use crate::api::AuditLogSweeper;
 

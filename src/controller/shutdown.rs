@@ -14,7 +14,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, error};
 
 use super::client::{ApiError, text};
-use super::status::{Subject, Update};
+use super::model::{Pending, Update};
 use super::{Context, publish};
 use crate::api::AuditLogSweeper;
 
@@ -32,17 +32,6 @@ const PAUSE: Duration = Duration::from_millis(250);
 
 /// So many are tried at once.
 const AT_ONCE: usize = 32;
-
-/// An update on its way to the status.
-#[derive(Debug)]
-pub struct Pending {
-    /// The object that it came from.
-    pub base: AuditLogSweeper,
-    /// What was acted upon.
-    pub subject: Subject,
-    /// What came of it.
-    pub update: Update,
-}
 
 /// How the controller ended after a stop.
 #[derive(Debug, Default)]
@@ -91,22 +80,6 @@ pub(super) async fn publish_update(
         context.stop.run_until_cancelled(context.events.spawn(telling)).await;
     }
     Ok(written)
-}
-
-impl Pending {
-    /// Rows that were swept, and rows of which that is not known.
-    fn rows(&self) -> (i64, i64) {
-        match &self.update {
-            Update::Sweep { result, .. } => {
-                result.as_ref().as_ref().map_or((0, 0), |report| (report.timed_out, report.uncertain))
-            }
-            _ => (0, 0),
-        }
-    }
-
-    fn has_rows(&self) -> bool {
-        self.rows() != (0, 0)
-    }
 }
 
 /// After a stop: waits for running reconciles to end, and tries again what could not be published. What is left when

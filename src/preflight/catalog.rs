@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::dependants::{self, Dependant};
+use super::json::list;
 use crate::sweep::Plan;
 use crate::sweep::plan::literal;
 use crate::sweep::statement::{INDEX_PENDING, LOCK_TIMEOUT, OpenPredicate, SEARCH_PATH};
@@ -276,11 +277,6 @@ const AUTOVACUUM_AT: &str = "(SELECT CASE WHEN current_setting('autovacuum')::bo
 const SCHEMA_OWNER: &str = "CASE pg_get_userbyid(n.nspowner) WHEN 'pg_database_owner' \
     THEN (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = current_database()) \
     ELSE pg_get_userbyid(n.nspowner) END";
-
-/// A JSON array of what a query finds; empty where that is nothing.
-pub(super) fn list(item: &str, from: &str) -> String {
-    format!("(SELECT coalesce(json_agg({item}), '[]'::json) FROM {from})")
-}
 
 fn about_table(plan: &Plan) -> String {
     let generated = "a.attgenerated <> '' OR a.attidentity = 'a'";

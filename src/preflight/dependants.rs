@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::catalog::list;
+use super::json::list;
 
 /// Something that is made of a column.
 #[derive(Clone, Debug, Deserialize)]

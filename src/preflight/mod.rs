@@ -7,6 +7,7 @@ mod dependants;
 mod finding;
 mod fix;
 mod index;
+mod json;
 mod judge;
 mod types;
 mod values;

@@ -3,8 +3,9 @@
 
 use audit_log_sweeper::api::status::AuditLogSweeperStatus;
 use audit_log_sweeper::api::{AuditLogSweeper, Reason};
-use audit_log_sweeper::controller::decide::Slot;
-use audit_log_sweeper::controller::status::{Failure, Subject, Update, invalid};
+use audit_log_sweeper::controller::model::Slot;
+use audit_log_sweeper::controller::model::{Failure, Subject, Update};
+use audit_log_sweeper::controller::status::invalid;
 use audit_log_sweeper::database::Class;
 use audit_log_sweeper::preflight::Checked;
 use audit_log_sweeper::sweep::Report;

@@ -13,6 +13,7 @@ mod database;
 mod docs;
 mod fixtures;
 mod isolation;
+mod layout;
 mod leaving;
 mod loose;
 mod metrics;

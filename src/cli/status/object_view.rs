@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use super::words::plain;
 use crate::api::advice::NOTHING;
 use crate::api::condition::{self, Condition, ConditionType};
+use crate::api::request::REQUESTED_AT;
 use crate::api::{AuditLogSweeperSpec, AuditLogSweeperStatus, Reason};
-use crate::controller::status::REQUESTED_AT;
 
 /// One object.
 #[derive(Clone, Debug)]

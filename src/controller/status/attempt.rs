@@ -1,15 +1,14 @@
-//! What an attempt at a sweep, or a failure before one, does to the status. Pure; a part of `outcome`.
+//! What an attempt at a sweep, or a failure before one, does to the status. Pure; a part of `status`.
 
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::conditions::{self, healthy};
-use super::{Failure, Subject};
 use crate::api::condition::{self, ConditionType, ConditionUpdate, Reason};
 use crate::api::status::{
     AuditLogSweeperStatus, HistoryEntry, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger, Unsweepable,
     remember, whole_seconds,
 };
-use crate::controller::decide::Slot;
+use crate::controller::model::{Failure, Slot, Subject};
 use crate::database::Class;
 use crate::preflight::Checked;
 use crate::sweep::Report;

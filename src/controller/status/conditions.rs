@@ -2,10 +2,10 @@
 
 use chrono::TimeDelta;
 
-use super::{Failure, Subject};
 use crate::api::condition::{self, Condition, ConditionType, ConditionUpdate, Reason};
 use crate::api::spec::Mode;
 use crate::api::status::{Backlog, whole_seconds};
+use crate::controller::model::{Failure, Subject};
 use crate::preflight::{Checked, Severity};
 use crate::sweep::Report;
 

@@ -5,7 +5,7 @@ use crate::api::condition::{self, ConditionType};
 use crate::api::status::{AuditLogSweeperStatus, Outcome, Unsweepable};
 use crate::api::{cut, status::MAX_MESSAGE};
 
-use super::Update;
+use crate::controller::model::Update;
 
 /// An event, as `kubectl describe` shows it.
 #[derive(Clone, Debug, Eq, PartialEq)]

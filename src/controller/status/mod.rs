@@ -5,112 +5,12 @@ mod conditions;
 pub mod events;
 
 use chrono::{DateTime, Utc};
-use kube::ResourceExt;
 
 use crate::api::condition::{self, Reason};
 use crate::api::status::{AuditLogSweeperStatus, LastError, whole_seconds};
-use crate::api::{AuditLogSweeper, AuditLogSweeperSpec, cut};
-use crate::controller::decide::Slot;
-use crate::database::Class;
-use crate::preflight::{Checked, Finding};
-use crate::schedule::Grid;
-use crate::sweep::Report;
+use crate::controller::model::{Subject, Update};
 use attempt::Attempt;
 use conditions::healthy;
-
-/// The object that something happened to: the spec and generation that were acted upon.
-#[derive(Clone, Debug)]
-pub struct Subject {
-    pub uid: String,
-    pub generation: i64,
-    pub spec: AuditLogSweeperSpec,
-    /// The value of the annotation that asks for a sweep now, as far as it is looked at.
-    pub request: Option<String>,
-    /// Whether it is being deleted, and only some finalizer keeps it.
-    pub deleted: bool,
-}
-
-/// Each new value of this annotation asks for one sweep now.
-pub const REQUESTED_AT: &str = "auditlog.dev/requestedAt";
-
-/// So many bytes of that value are looked at.
-const MAX_REQUEST: usize = 128;
-
-impl Subject {
-    /// The subject that an object is.
-    pub fn new(object: &AuditLogSweeper) -> Self {
-        Self {
-            uid: object.metadata.uid.clone().unwrap_or_default(),
-            generation: object.metadata.generation.unwrap_or_default(),
-            spec: object.spec.clone(),
-            request: object.annotations().get(REQUESTED_AT).map(|value| cut(value, MAX_REQUEST).to_owned()),
-            deleted: object.metadata.deletion_timestamp.is_some(),
-        }
-    }
-
-    /// The slots of its schedule.
-    pub fn grid(&self) -> Grid {
-        Grid::new(&self.uid, self.spec.period.as_std())
-    }
-}
-
-/// Why an attempt failed, and how that is treated.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Failure {
-    pub reason: Reason,
-    pub message: String,
-    pub class: Class,
-    /// Whether the database answered; None: it was not asked.
-    pub reachable: Option<bool>,
-}
-
-impl From<&crate::database::Error> for Failure {
-    fn from(error: &crate::database::Error) -> Self {
-        let reason = error.reason();
-        let reachable = match reason {
-            Reason::InvalidConnectionURI | Reason::InvalidSpec => None,
-            Reason::NameResolutionFailed
-            | Reason::ConnectTimeout
-            | Reason::LoginTimeout
-            | Reason::ResponseTimeout
-            | Reason::ConnectionLost
-            | Reason::DatabaseUnreachable
-            | Reason::TLSFailed => Some(false),
-            _ => Some(true),
-        };
-        Self { reason, message: error.to_string(), class: error.class(), reachable }
-    }
-}
-
-impl From<&Finding> for Failure {
-    /// A finding for which a sweep must not begin.
-    fn from(finding: &Finding) -> Self {
-        let class = Class::of(finding.reason);
-        Self { reason: finding.reason, message: finding.in_one_line(), class, reachable: Some(true) }
-    }
-}
-
-/// Something that happened, from which the next status is computed; again on top of another status if that was
-/// written meanwhile.
-#[derive(Debug)]
-pub enum Update {
-    /// The spec was seen and is being tried.
-    Acknowledged { now: DateTime<Utc> },
-    /// The spec says suspend.
-    Suspended { now: DateTime<Utc> },
-    /// A time in the status was one that no sweep can have.
-    Repaired { now: DateTime<Utc> },
-    /// A preflight ended.
-    Preflight { now: DateTime<Utc>, result: Result<Checked, Failure> },
-    /// An attempt at a sweep ended. With what a preflight before it found, if there was one.
-    Sweep {
-        slot: Slot,
-        start: DateTime<Utc>,
-        end: DateTime<Utc>,
-        result: Box<Result<Report, Failure>>,
-        checked: Option<Checked>,
-    },
-}
 
 impl Update {
     /// When an attempt began, if this is about one.
