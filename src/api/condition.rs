@@ -6,6 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
 use super::cut;
+use super::reason::Reason;
 use super::status::{MAX_CONDITIONS, MAX_MESSAGE};
 
 /// The types of condition, in the order in which they are listed.
@@ -51,121 +52,6 @@ impl ConditionType {
             Self::Suspended => "Suspended",
         }
     }
-}
-
-macro_rules! reasons {
-    ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
-        /// Why a condition has its status, and what kind of error happened: a closed set.
-        #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-        pub enum Reason { $($(#[doc = $doc])+ $name,)+ }
-
-        impl Reason {
-            /// Every reason.
-            pub const ALL: &[Self] = &[$(Self::$name,)+];
-
-            /// The name in the API.
-            pub const fn as_str(self) -> &'static str {
-                match self { $(Self::$name => stringify!($name),)+ }
-            }
-        }
-    };
-}
-
-reasons! {
-    /// The spec was not tried yet.
-    Pending,
-    /// The last sweep went well and left no stale row that it could complete.
-    Swept,
-    /// The last sweep went well and stopped at its limit or deadline.
-    LimitReached,
-    /// The last sweep went well until its deadline, which ended it.
-    DeadlineReached,
-    /// The last sweep went well; as the spec says, it only counted.
-    Observed,
-    /// The database, the table and the rights are as the spec needs them; no sweep is due yet.
-    SchemaReady,
-    /// The spec says suspend.
-    Suspended,
-    /// The spec does not say suspend.
-    NotSuspended,
-    /// The database answered.
-    Connected,
-    /// The oldest stale row is not older than timeout + 2 * period.
-    WithinBound,
-    /// The oldest stale row is older than timeout + 2 * period.
-    FallingBehind,
-    /// It was not looked at in the last attempt.
-    NotObserved,
-    /// The last attempt failed and is tried again.
-    Retrying,
-    /// The object cannot be read as an AuditLogSweeper, or breaks the rules of the CRD.
-    InvalidSpec,
-    /// The Secret that the spec names does not exist.
-    SecretNotFound,
-    /// The Secret lacks a key.
-    SecretKeyMissing,
-    /// The operator may not read the Secret.
-    SecretForbidden,
-    /// The Kubernetes API did not answer as it should.
-    APIRequestFailed,
-    /// The operator has a bug.
-    InternalError,
-    /// What the Secret holds is not a connection URI.
-    InvalidConnectionURI,
-    /// The database's host name could not be resolved.
-    NameResolutionFailed,
-    /// The database's host did not answer at all.
-    ConnectTimeout,
-    /// Something took the connection and did not let the sweep log in.
-    LoginTimeout,
-    /// The database stopped answering in the middle of something.
-    ResponseTimeout,
-    /// The connection broke.
-    ConnectionLost,
-    /// The database refused the connection, or is starting or going away.
-    DatabaseUnreachable,
-    /// The database's certificate, or the CA to verify it by, is not right.
-    TLSFailed,
-    /// The database refused the user or the password.
-    AuthenticationFailed,
-    /// The server has no database of that name.
-    DatabaseNotFound,
-    /// The server has no connection left for us.
-    TooManyConnections,
-    /// The server is a standby or read-only.
-    NotPrimary,
-    /// The server is out of disk space or another resource.
-    ServerOutOfResources,
-    /// There is no such table.
-    TableNotFound,
-    /// The table lacks a column that the spec names.
-    ColumnNotFound,
-    /// The role lacks a right.
-    PermissionDenied,
-    /// The table is not of the shape that the spec says, or a value does not fit its column.
-    SchemaMismatch,
-    /// The index that a sweep reads is missing or not as it must be.
-    IndexMissing,
-    /// The application's own statements use the sweep's index too, which slows them.
-    IndexNotPrivate,
-    /// Autovacuum comes too rarely to clean the sweep's index.
-    IndexBloat,
-    /// Row security would hide rows of the table from the role.
-    RowSecurity,
-    /// The server is not a PostgreSQL that a sweep works on.
-    ServerNotSupported,
-    /// A statement took longer than `statementTimeout`.
-    StatementTimeout,
-    /// The table was locked, by a schema change most likely.
-    TableLocked,
-    /// Transactions of others kept colliding with the sweep's.
-    TransactionConflict,
-    /// The database refused to complete a row.
-    RowRefused,
-    /// The server reported damaged data.
-    DataCorrupted,
-    /// The database answered in a way that no rule here covers.
-    DatabaseError,
 }
 
 /// What one condition should say from now on.

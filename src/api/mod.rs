@@ -1,17 +1,18 @@
 //! The resource `AuditLogSweeper`: what users write, what they read, and the CRD made from both.
 
-pub mod advice;
 pub mod condition;
 pub mod crd;
 pub mod duration;
 pub mod manifest;
+pub mod reason;
 pub mod request;
 pub mod spec;
 pub mod status;
 pub mod validate;
 
-pub use condition::{Condition, ConditionType, ConditionUpdate, Reason};
+pub use condition::{Condition, ConditionType, ConditionUpdate};
 pub use duration::Duration;
+pub use reason::{Class, Failure, Reason, Stage};
 pub use spec::{AuditLogSweeper, AuditLogSweeperSpec};
 pub use status::AuditLogSweeperStatus;
 

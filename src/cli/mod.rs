@@ -6,6 +6,7 @@ mod cluster;
 mod complete;
 mod input;
 mod names;
+mod reasons;
 mod run;
 mod status;
 mod style;
@@ -54,6 +55,9 @@ enum Command {
     Run(run::Run),
     /// Print the CustomResourceDefinition as YAML
     Crd,
+    /// Print the tables of reasons in docs/operating.md
+    #[command(hide = true)]
+    Reasons,
     /// Print the script that completes command lines in a shell
     Completions(complete::Completions),
 }
@@ -117,6 +121,7 @@ impl Cli {
             Command::Sweep(args) => sweep::sweep(args).await,
             Command::Run(args) => run::run(args).await,
             Command::Crd => print_crd(),
+            Command::Reasons => print(&reasons::tables()),
             Command::Completions(args) => complete::completions(&args, command),
         }
     }

@@ -186,7 +186,7 @@ fn sentence(seen: &ObjectView, answer: Answer) -> String {
         Answer::Failed => {
             let error = status.last_error.as_ref();
             let said = error.map(|error| format!("{}: {}", plain(&error.reason), plain(&error.message)));
-            let advice = error.and_then(|error| super::status::advice(&error.reason));
+            let advice = error.and_then(|error| super::status::advice(&error.reason, &error.message));
             let advice = advice.map_or_else(String::new, |advice| format!("\nDo: {advice}"));
             format!("the sweep of {at} failed: {}{advice}", said.as_deref().unwrap_or("the status does not say why"))
         }

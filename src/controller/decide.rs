@@ -144,12 +144,13 @@ fn sweep(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus, 
 
 #[cfg(test)]
 mod tests {
+    use crate::api::Failure;
     use serde_json::json;
 
     use super::*;
+    use crate::api::Class;
     use crate::api::Reason;
-    use crate::controller::model::{Failure, Update};
-    use crate::database::Class;
+    use crate::controller::model::Update;
     use crate::preflight::Checked;
     use crate::sweep::Report;
     use crate::sweep::report::Ended;
@@ -171,7 +172,7 @@ mod tests {
 
     fn failed() -> Result<Report, Failure> {
         let message = "gone".into();
-        Err(Failure { reason: Reason::DatabaseUnreachable, message, class: Class::Transient, reachable: Some(false) })
+        Err(Failure { reason: Reason::DatabaseUnreachable, message, class: Class::Transient })
     }
 
     /// What the controller would do with this decision, taking `seconds`; the status that follows.

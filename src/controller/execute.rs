@@ -7,12 +7,14 @@ use kube::{Resource, ResourceExt};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::Failure;
+
 use super::cache::Seen;
 use super::client::ApiError;
 use super::lifecycle::catch_panic;
 use super::log::log;
 use super::model::Slot;
-use super::model::{Failure, Subject, Update};
+use super::model::{Subject, Update};
 use super::{Context, fetch};
 use crate::api::AuditLogSweeper;
 use crate::api::condition::{self, ConditionType};

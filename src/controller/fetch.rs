@@ -8,11 +8,11 @@ use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 
 use super::client::{ApiError, ApiServer, text};
-use super::model::Failure;
 use super::model::Fetched;
+use crate::api::Failure;
 use crate::api::{AuditLogSweeper, Reason};
 use crate::credentials::{self, Credentials, CredentialsError};
-use crate::database::{Class, Target};
+use crate::database::Target;
 use crate::telemetry::metrics::Operation;
 
 /// Leaves out what nobody here reads, and what is most of an object in memory: who wrote which field, and the object as
@@ -72,34 +72,28 @@ pub async fn target(
 
 async fn secret(server: &ApiServer, namespace: &str, name: &str) -> Result<Secret, Failure> {
     let api: Api<Secret> = Api::namespaced(server.client.clone(), namespace);
-    let failure = |reason, class, message| Failure { reason, class, message, reachable: None };
+    let failure = |reason, message: String| Failure::new(reason, message);
     match server.within(Operation::GetSecret, api.get(name)).await {
         Ok(secret) => Ok(secret),
         Err(error) => Err(match error.code() {
             Some(404) => failure(
                 Reason::SecretNotFound,
-                Class::Missing,
                 format!("there is no Secret {name} in namespace {namespace}; create it, or name another in the spec"),
             ),
             Some(403) => failure(
                 Reason::SecretForbidden,
-                Class::Missing,
                 format!(
                     "the operator may not get Secret {name} in namespace {namespace}; grant its ServiceAccount get on secrets"
                 ),
             ),
             // The text of a failed request says nothing of the Secret's content.
-            _ => failure(
-                Reason::APIRequestFailed,
-                Class::Transient,
-                format!("cannot get Secret {name}: {}", text(&error)),
-            ),
+            _ => failure(Reason::APIRequestFailed, format!("cannot get Secret {name}: {}", text(&error))),
         }),
     }
 }
 
 impl From<CredentialsError> for Failure {
     fn from(error: CredentialsError) -> Self {
-        Self { reason: error.reason(), message: error.to_string(), class: Class::Missing, reachable: None }
+        Self::new(error.reason(), error.to_string())
     }
 }

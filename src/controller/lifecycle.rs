@@ -12,10 +12,10 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use super::model::Failure;
 use super::model::Fetched;
+use crate::api::Class;
+use crate::api::Failure;
 use crate::api::{AuditLogSweeper, Reason};
-use crate::database::Class;
 
 /// How often it looks at what the watch has seen, which costs no request.
 const LOOK: Duration = Duration::from_millis(250);
@@ -66,7 +66,6 @@ pub async fn catch_panic<T>(work: impl Future<Output = T>) -> Result<T, Failure>
         reason: Reason::InternalError,
         message: "a bug in the operator ended this attempt; its log says where. Please report it".into(),
         class: Class::Transient,
-        reachable: None,
     })
 }
 

@@ -3,7 +3,9 @@
 use kube::ResourceExt;
 use tracing::{debug, error, warn};
 
-use super::model::{Failure, Subject};
+use crate::api::Failure;
+
+use super::model::Subject;
 use crate::api::AuditLogSweeper;
 use crate::sweep::Report;
 

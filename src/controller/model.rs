@@ -11,8 +11,7 @@ use serde_json::Value;
 
 use crate::api::request::{MAX_REQUEST, REQUESTED_AT};
 use crate::api::status::{LastSweep, Trigger};
-use crate::api::{AuditLogSweeper, AuditLogSweeperSpec, Reason, cut, validate};
-use crate::database::Class;
+use crate::api::{AuditLogSweeper, AuditLogSweeperSpec, Failure, cut, validate};
 use crate::preflight::{Checked, Finding};
 use crate::schedule::Grid;
 use crate::sweep::Report;
@@ -94,39 +93,16 @@ impl Subject {
     }
 }
 
-/// Why an attempt failed, and how that is treated.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Failure {
-    pub reason: Reason,
-    pub message: String,
-    pub class: Class,
-    /// Whether the database answered; None: it was not asked.
-    pub reachable: Option<bool>,
-}
-
 impl From<&crate::database::Error> for Failure {
     fn from(error: &crate::database::Error) -> Self {
-        let reason = error.reason();
-        let reachable = match reason {
-            Reason::InvalidConnectionURI | Reason::InvalidSpec => None,
-            Reason::NameResolutionFailed
-            | Reason::ConnectTimeout
-            | Reason::LoginTimeout
-            | Reason::ResponseTimeout
-            | Reason::ConnectionLost
-            | Reason::DatabaseUnreachable
-            | Reason::TLSFailed => Some(false),
-            _ => Some(true),
-        };
-        Self { reason, message: error.to_string(), class: error.class(), reachable }
+        Self { class: error.class(), ..Self::new(error.reason(), error.to_string()) }
     }
 }
 
 impl From<&Finding> for Failure {
     /// A finding for which a sweep must not begin.
     fn from(finding: &Finding) -> Self {
-        let class = Class::of(finding.reason);
-        Self { reason: finding.reason, message: finding.in_one_line(), class, reachable: Some(true) }
+        Self::new(finding.reason, finding.in_one_line())
     }
 }
 

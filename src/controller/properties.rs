@@ -3,13 +3,15 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 
+use crate::api::Failure;
+
 use super::decide::{Decision, decide};
 use super::model::Slot;
-use super::model::{Failure, Subject, Update};
+use super::model::{Subject, Update};
 use super::status::events::events;
+use crate::api::Class;
 use crate::api::Reason;
 use crate::api::status::{AuditLogSweeperStatus, Trigger};
-use crate::database::Class;
 use crate::preflight::Checked;
 use crate::sweep::Report;
 use crate::sweep::report::Ended;
@@ -26,7 +28,7 @@ fn quiet() -> Result<Report, Failure> {
 
 fn failed(class: Class) -> Failure {
     let reason = if class == Class::Missing { Reason::SecretNotFound } else { Reason::DatabaseUnreachable };
-    Failure { reason, message: "gone".into(), class, reachable: Some(false) }
+    Failure { reason, message: "gone".into(), class }
 }
 
 /// An object, an operator and a clock.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_postgres::error::{DbError, Severity};
 
-use crate::api::Reason;
+use crate::api::{Class, Reason};
 
 /// What can end a sweep early.
 #[derive(Debug, thiserror::Error)]
@@ -156,35 +156,6 @@ pub enum Recovery {
     End,
 }
 
-/// How an error is treated.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Class {
-    /// Goes away by itself; retried.
-    Transient,
-    /// Something is missing that others may bring: a password, a table, a grant. Retried, and stalled after a while.
-    Missing,
-    /// The spec cannot work as it is. Retried at the pace of the schedule's backoff, and stalled at once.
-    Spec,
-}
-
-impl Class {
-    /// The class of a reason.
-    pub const fn of(reason: Reason) -> Self {
-        match reason {
-            Reason::InvalidConnectionURI
-            | Reason::AuthenticationFailed
-            | Reason::DatabaseNotFound
-            | Reason::TLSFailed
-            | Reason::TableNotFound
-            | Reason::RowSecurity
-            | Reason::ServerNotSupported
-            | Reason::PermissionDenied => Self::Missing,
-            Reason::ColumnNotFound | Reason::SchemaMismatch | Reason::InvalidSpec => Self::Spec,
-            _ => Self::Transient,
-        }
-    }
-}
-
 impl Error {
     /// The error of a statement.
     pub(super) fn statement(step: Step, error: &tokio_postgres::Error) -> Self {
@@ -237,7 +208,7 @@ impl Error {
         if matches!(self, Self::AllRefused { .. }) {
             return Class::Spec;
         }
-        Class::of(self.reason())
+        self.reason().class()
     }
 
     /// What a sweep does about an error of a batch.
@@ -283,7 +254,7 @@ impl ServerError {
         let error = Self { step, sqlstate, fatal, standby, constraint, message: String::new() };
         let reason = error.reason();
         let mut message = if error.may_quote_the_uri() || !fatal && error.may_quote_a_row(db) {
-            let mut text = String::from(reason.text());
+            let mut text = reason.meaning().replace('`', "");
             // Where the server checks by itself, the names are the catalog's; a trigger may make names up.
             let checked = ["execMain.c", "execIndexing.c", "nbtinsert.c", "ri_triggers.c"];
             if db.file().is_some_and(|file| checked.contains(&file)) {
@@ -298,12 +269,12 @@ impl ServerError {
             db.message().to_owned()
         };
         let hint = match step {
-            Step::Login if reason == Reason::PermissionDenied => Some(NO_CONNECT),
-            _ => reason.hint(),
+            Step::Login if reason == Reason::PermissionDenied => Some(NO_CONNECT.to_owned()),
+            _ => hint(reason),
         };
         if let Some(hint) = hint {
             message.push_str("; ");
-            message.push_str(hint);
+            message.push_str(&hint);
         }
         Self { message, ..error }
     }
@@ -353,53 +324,23 @@ impl ServerError {
 const NO_CONNECT: &str = "run, as the database's owner or a superuser, GRANT CONNECT ON DATABASE ... TO ..., with the \
     database and the user of the connection URI; if its options after the ? set something that the role may not, take them out";
 
-impl Reason {
-    /// What happened, where the server's own text may not be shown.
-    const fn text(self) -> &'static str {
-        match self {
-            Self::StatementTimeout => "the server ended a statement",
-            Self::TableLocked => "a lock was not to be had",
-            Self::TransactionConflict => "other transactions kept colliding with the sweep's",
-            Self::ServerOutOfResources => "the server is out of a resource",
-            Self::NotPrimary => "the server is a standby or read-only",
-            Self::DataCorrupted => "the server reported an internal error or damaged data",
-            Self::AuthenticationFailed => "the server refused the user, the password or the way of the connection",
-            Self::DatabaseNotFound => "the server has no database of that name",
-            Self::DatabaseUnreachable | Self::DatabaseError => {
-                "the server, or a pooler before it, refused the connection"
-            }
-            Self::PermissionDenied => "the role may not do that",
-            Self::InvalidConnectionURI => "the server refused an option of the connection URI",
-            _ => "the database refused to complete a row",
-        }
-    }
-
-    /// What to do, for errors whose own text does not say it.
-    const fn hint(self) -> Option<&'static str> {
-        match self {
-            Self::AuthenticationFailed => Some(
-                "check the user and password in the Secret of spec.database.secretRef; where the server demands it, \
-                 spec.database.tls.mode and clientCertSecretRef",
-            ),
-            Self::DatabaseNotFound => Some("check the database's name in the connection URI"),
-            Self::TooManyConnections => Some("raise max_connections, or let the sweep connect through a pooler"),
-            Self::TableNotFound => Some("check spec.schema and spec.table, and that the URI names the right database"),
-            Self::ColumnNotFound => Some("check spec.columns and spec.complete"),
-            Self::PermissionDenied => Some(
-                "the role needs USAGE on the schema, SELECT on the three columns of spec.columns, and UPDATE on \
-                 timeCompleted and on the columns of spec.complete",
-            ),
-            Self::InvalidConnectionURI => Some("check the options after the ? in the connection URI"),
-            Self::NotPrimary => Some("the sweep needs the primary: check the host in the connection URI"),
-            Self::TableLocked => Some("another session holds a lock on the table, a schema change most likely"),
-            Self::StatementTimeout => Some(
-                "a statement took longer than spec.statementTimeout: check that the index on (timeStarted, id) WHERE \
-                 timeCompleted IS NULL exists and is valid, or lower spec.batchSize",
-            ),
-            Self::SchemaMismatch => Some("check spec.columns and spec.complete against the table's columns and types"),
-            _ => None,
-        }
-    }
+/// What to do, for errors whose own text does not say it.
+fn hint(reason: Reason) -> Option<String> {
+    let is_hinted = matches!(
+        reason,
+        Reason::AuthenticationFailed
+            | Reason::DatabaseNotFound
+            | Reason::TooManyConnections
+            | Reason::TableNotFound
+            | Reason::ColumnNotFound
+            | Reason::PermissionDenied
+            | Reason::InvalidConnectionURI
+            | Reason::NotPrimary
+            | Reason::TableLocked
+            | Reason::StatementTimeout
+            | Reason::SchemaMismatch
+    );
+    is_hinted.then(|| reason.advice())
 }
 
 /// What was waited for in vain, and what to check.

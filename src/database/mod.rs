@@ -7,6 +7,6 @@ pub mod target;
 pub mod tls;
 mod uri;
 
-pub use error::{Class, Error};
+pub use error::Error;
 pub use session::Session;
 pub use target::Target;

@@ -19,10 +19,10 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio_postgres::SimpleQueryMessage;
 
-use crate::api::Reason;
+use crate::api::{Class, Reason};
 use crate::database::error::Step;
 use crate::database::session::{last_row, text};
-use crate::database::{Class, Error, Session, Target};
+use crate::database::{Error, Session, Target};
 use crate::sweep::{Plan, statement};
 
 /// Reaching the database and planning a statement takes far less than this.

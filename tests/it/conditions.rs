@@ -1,12 +1,13 @@
 //! Every situation that the status knows, through the code that the operator runs: the whole list of conditions, what
 //! tools of the kstatus kind conclude from it, and what Argo CD's health check does.
 
+use audit_log_sweeper::api::Failure;
+
 use audit_log_sweeper::api::status::AuditLogSweeperStatus;
 use audit_log_sweeper::api::{AuditLogSweeper, Reason};
 use audit_log_sweeper::controller::model::Slot;
-use audit_log_sweeper::controller::model::{Failure, Subject, Update};
+use audit_log_sweeper::controller::model::{Subject, Update};
 use audit_log_sweeper::controller::status::invalid;
-use audit_log_sweeper::database::Class;
 use audit_log_sweeper::preflight::Checked;
 use audit_log_sweeper::sweep::Report;
 use audit_log_sweeper::sweep::report::Ended;
@@ -35,12 +36,8 @@ fn swept(ended: Ended, second: i64) -> Update {
     sweep(Ok(report), second)
 }
 
-fn failed(reason: Reason, reachable: Option<bool>, second: i64) -> Update {
-    let class = match reason {
-        Reason::SecretNotFound => Class::Missing,
-        other => Class::of(other),
-    };
-    sweep(Err(Failure { reason, message: "what to do".into(), class, reachable }), second)
+fn failed(reason: Reason, second: i64) -> Update {
+    sweep(Err(Failure::new(reason, "what to do")), second)
 }
 
 fn sweep(result: Result<Report, Failure>, second: i64) -> Update {
@@ -93,7 +90,7 @@ fn situations() -> Vec<Situation> {
         vec![ready, progress, reachable, schema, "BacklogBounded=Unknown/NotObserved", "Suspended=False/NotSuspended"]
     };
     let missing = |times: i64| {
-        let every: Vec<_> = (0..times).map(|n| failed(Reason::SecretNotFound, None, n * 70)).collect();
+        let every: Vec<_> = (0..times).map(|n| failed(Reason::SecretNotFound, n * 70)).collect();
         after(&every)
     };
     vec![
@@ -144,7 +141,7 @@ fn situations() -> Vec<Situation> {
         ),
         with(
             "unreachable",
-            failed(Reason::DatabaseUnreachable, Some(false), 600).apply(&subject(), &good()),
+            failed(Reason::DatabaseUnreachable, 600).apply(&subject(), &good()),
             &failing(
                 "Ready=False/DatabaseUnreachable",
                 "Reconciling=True/Retrying",
@@ -156,7 +153,7 @@ fn situations() -> Vec<Situation> {
         ),
         with(
             "busy",
-            failed(Reason::TableLocked, Some(true), 600).apply(&subject(), &good()),
+            failed(Reason::TableLocked, 600).apply(&subject(), &good()),
             &failing(
                 "Ready=False/TableLocked",
                 "Reconciling=True/Retrying",
@@ -192,7 +189,7 @@ fn situations() -> Vec<Situation> {
         ),
         with(
             "a table is missing",
-            failed(Reason::TableNotFound, Some(true), 600).apply(&subject(), &good()),
+            failed(Reason::TableNotFound, 600).apply(&subject(), &good()),
             &failing(
                 "Ready=False/TableNotFound",
                 "Reconciling=True/Retrying",
@@ -204,7 +201,7 @@ fn situations() -> Vec<Situation> {
         ),
         with(
             "a spec that cannot work",
-            after(&[failed(Reason::SchemaMismatch, Some(true), 0)]),
+            after(&[failed(Reason::SchemaMismatch, 0)]),
             &failing(
                 "Ready=False/SchemaMismatch",
                 "Stalled=True/SchemaMismatch",

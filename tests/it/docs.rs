@@ -6,7 +6,8 @@ mod commands;
 
 use std::fs;
 
-use audit_log_sweeper::api::condition::{ConditionType, Reason};
+use audit_log_sweeper::api::Reason;
+use audit_log_sweeper::api::condition::ConditionType;
 use audit_log_sweeper::controller::status::events::Event;
 use audit_log_sweeper::telemetry::metrics::Operation;
 use support::tools::OLDEST;
@@ -43,25 +44,6 @@ fn every_condition_reason_event_and_metric_is_explained() {
     assert_rows(&text, metrics.iter().map(String::as_str));
     for operation in Operation::ALL {
         assert!(text.contains(&format!("`{}`", operation.as_str())), "{operation:?}");
-    }
-}
-
-/// Markdown as it is read on a terminal.
-fn plain(markdown: &str) -> String {
-    let Some((before, rest)) = markdown.split_once('[') else { return markdown.replace('`', "") };
-    let (text, rest) = rest.split_once("](#").unwrap_or_else(|| panic!("{markdown}"));
-    let after = rest.split_once(')').unwrap_or_else(|| panic!("{markdown}")).1;
-    plain(before) + text + " in docs/operating.md" + &plain(after)
-}
-
-#[test]
-fn what_to_do_about_a_reason_is_said_alike_here_and_on_the_screens() {
-    let text = document("operating.md");
-    let reasons = text.split_once("## Reasons").and_then(|(_, rest)| rest.split_once("\n## ")).expect("reasons").0;
-    for reason in Reason::ALL {
-        let row = reasons.lines().find_map(|line| line.strip_prefix(&format!("| `{}` | ", reason.as_str())));
-        let advice = row.and_then(|row| row.strip_suffix(" |")?.split(" | ").nth(1)).map(plain);
-        assert_eq!(advice.as_deref(), Some(reason.advice()), "{reason:?}: docs/operating.md against src/api/advice.rs");
     }
 }
 

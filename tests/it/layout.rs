@@ -49,10 +49,10 @@ impl Source {
                     .extend(statement.split(|c: char| !(c.is_alphanumeric() || "_:".contains(c))).map(str::to_owned)),
             }
         }
-        paths.iter().filter_map(|path| self.from_root(path)).collect()
+        paths.iter().filter_map(|path| self.absolute(path)).collect()
     }
 
-    fn from_root(&self, path: &str) -> Option<ModulePath> {
+    fn absolute(&self, path: &str) -> Option<ModulePath> {
         let parts: ModulePath = path.split("::").map(str::to_owned).collect();
         let supers = parts.iter().take_while(|part| *part == "super").count();
         match parts.first()?.as_str() {

@@ -3,6 +3,7 @@
 mod api;
 mod chart;
 mod performance;
+mod reasons;
 mod screens;
 
 use crate::{build_operator, root};
@@ -28,6 +29,7 @@ pub fn run(check: bool) -> anyhow::Result<()> {
     stale |= settle(chart::INSTALL, &chart::install()?, check)?;
     stale |= settle(chart::ROLES, &chart::roles()?, check)?;
     stale |= settle(screens::README, &screens::readme(&program)?, check)?;
+    stale |= settle(reasons::DOCUMENT, &reasons::document(&program)?, check)?;
     if let Some(document) = performance::document()? {
         stale |= settle(performance::DOCUMENT, &document, check)?;
     }

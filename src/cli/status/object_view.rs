@@ -7,8 +7,8 @@ use kube::api::DynamicObject;
 use serde_json::{Value, json};
 
 use super::words::plain;
-use crate::api::advice::NOTHING;
 use crate::api::condition::{self, Condition, ConditionType};
+use crate::api::reason::NOTHING;
 use crate::api::request::REQUESTED_AT;
 use crate::api::{AuditLogSweeperSpec, AuditLogSweeperStatus, Reason};
 
@@ -76,14 +76,15 @@ impl ObjectView {
             }),
             "reason": ready.map(|ready| &ready.reason),
             "message": ready.map(|ready| &ready.message),
-            "advice": advice(ready.map_or(Reason::Pending.as_str(), |ready| &ready.reason)),
+            "advice": advice(ready.map_or(Reason::Pending.as_str(), |ready| &ready.reason), ""),
             "suspend": self.suspend(),
             "status": self.raw_status,
         })
     }
 }
 
-/// What to do about a reason; None: nothing, or it is one that only a newer operator knows.
-pub fn advice(reason: &str) -> Option<&'static str> {
-    Reason::parse(reason).map(Reason::advice).filter(|advice| *advice != NOTHING)
+/// What to do about a reason. None: nothing, the message says it already, or it is a reason that only a newer operator knows.
+pub fn advice(reason: &str, message: &str) -> Option<String> {
+    let advice = Reason::parse(reason).map(Reason::advice)?;
+    (advice != NOTHING && !message.contains(&advice)).then_some(advice)
 }

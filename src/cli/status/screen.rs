@@ -7,7 +7,8 @@ use super::object_view::{ObjectView, advice};
 use super::page::Page;
 use super::words::{ago, count, due, exact, length, number, plain, took};
 use crate::api::AuditLogSweeperSpec;
-use crate::api::condition::{Condition, ConditionType, Reason};
+use crate::api::Reason;
+use crate::api::condition::{Condition, ConditionType};
 use crate::api::spec::Mode;
 use crate::api::status::{LastSweep, Outcome, Trigger};
 use crate::cli::style::{BAD, FAINT, GOOD, STRONG, UNSURE, paint, verdict};
@@ -43,7 +44,7 @@ fn ready(page: &mut Page, now: DateTime<Utc>, seen: &ObjectView) {
     };
     condition(page, now, "Ready", ready);
     page.more(&ready.message);
-    if let Some(advice) = advice(&ready.reason) {
+    if let Some(advice) = advice(&ready.reason, &ready.message) {
         page.more(&format!("Do: {advice}"));
     }
     if seen.status.observed_generation.is_some_and(|seen_at| seen_at < seen.generation) {
@@ -73,7 +74,7 @@ fn others(page: &mut Page, now: DateTime<Utc>, seen: &ObjectView) {
         // What Ready says already is not said twice.
         if found.message != said {
             page.more(&found.message);
-            if let Some(advice) = advice(&found.reason) {
+            if let Some(advice) = advice(&found.reason, &found.message) {
                 page.more(&format!("Do: {advice}"));
             }
         }
@@ -206,7 +207,7 @@ fn past(page: &mut Page, now: DateTime<Utc>, seen: &ObjectView) {
     if !holds {
         page.marked("Last error", FAINT, &ago(now, error.time), &format!(": {}", error.reason));
         page.more(&error.message);
-        if let Some(advice) = advice(&error.reason) {
+        if let Some(advice) = advice(&error.reason, &error.message) {
             page.more(&format!("Do: {advice}"));
         }
     }

@@ -92,7 +92,7 @@ pub fn table(now: DateTime<Utc>, all: &[ObjectView], namespaces: bool, width: us
 fn trouble(seen: &ObjectView, namespaces: bool) -> Option<String> {
     let ready = seen.condition(ConditionType::Ready).filter(|ready| ready.status == "False")?;
     let place = if namespaces { format!("{}/", plain(&seen.namespace)) } else { String::new() };
-    let advice = advice(&ready.reason).map_or_else(|| plain(&ready.message), str::to_owned);
+    let advice = advice(&ready.reason, "").unwrap_or_else(|| plain(&ready.message));
     Some(format!("{place}{}: {}: {advice}\n", plain(&seen.name), paint(BAD, &plain(&ready.reason))))
 }
 

@@ -348,6 +348,6 @@ fn every_reason_has_one_sentence_of_advice() {
     for reason in Reason::ALL {
         let advice = reason.advice();
         assert_eq!(Reason::parse(reason.as_str()), Some(*reason));
-        assert!(advice.len() > 5 && !advice.ends_with('.') && super::plain(advice) == advice, "{reason:?}: {advice}");
+        assert!(advice.len() > 5 && !advice.ends_with('.') && super::plain(&advice) == advice, "{reason:?}: {advice}");
     }
 }

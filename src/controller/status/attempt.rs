@@ -2,14 +2,17 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 
+use crate::api::Failure;
+
 use super::conditions::{self, healthy};
-use crate::api::condition::{self, ConditionType, ConditionUpdate, Reason};
+use crate::api::Class;
+use crate::api::Reason;
+use crate::api::condition::{self, ConditionType, ConditionUpdate};
 use crate::api::status::{
     AuditLogSweeperStatus, HistoryEntry, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger, Unsweepable,
     remember, whole_seconds,
 };
-use crate::controller::model::{Failure, Slot, Subject};
-use crate::database::Class;
+use crate::controller::model::{Slot, Subject};
 use crate::preflight::Checked;
 use crate::sweep::Report;
 use crate::sweep::execute::NAMED;

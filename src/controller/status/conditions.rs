@@ -2,10 +2,13 @@
 
 use chrono::TimeDelta;
 
-use crate::api::condition::{self, Condition, ConditionType, ConditionUpdate, Reason};
+use crate::api::Failure;
+
+use crate::api::condition::{self, Condition, ConditionType, ConditionUpdate};
 use crate::api::spec::Mode;
 use crate::api::status::{Backlog, whole_seconds};
-use crate::controller::model::{Failure, Subject};
+use crate::api::{Reason, Stage};
+use crate::controller::model::Subject;
 use crate::preflight::{Checked, Severity};
 use crate::sweep::Report;
 
@@ -19,10 +22,12 @@ pub(super) fn failed(failure: &Failure, stalled: bool, times: i32, old: &[Condit
         let message = format!("failed {} times in a row; trying again", times);
         ConditionUpdate::new(Reconciling, true, Reason::Retrying, message)
     };
-    let reachable = match failure.reachable {
-        Some(true) => ConditionUpdate::new(DatabaseReachable, true, Reason::Connected, "the database answered"),
-        Some(false) => ConditionUpdate::new(DatabaseReachable, false, failure.reason, &failure.message),
-        None => ConditionUpdate::new(DatabaseReachable, None, failure.reason, "the database was not asked"),
+    let reachable = match failure.reason.stage() {
+        Stage::Object => ConditionUpdate::new(DatabaseReachable, None, failure.reason, "the database was not asked"),
+        Stage::Connection => ConditionUpdate::new(DatabaseReachable, false, failure.reason, &failure.message),
+        Stage::Schema | Stage::Server => {
+            ConditionUpdate::new(DatabaseReachable, true, Reason::Connected, "the database answered")
+        }
     };
     vec![
         ConditionUpdate::new(Ready, false, failure.reason, &failure.message),
@@ -36,22 +41,13 @@ pub(super) fn failed(failure: &Failure, stalled: bool, times: i32, old: &[Condit
 
 /// What a failure tells of the schema.
 fn schema_after(failure: &Failure, old: &[Condition]) -> ConditionUpdate {
-    match (failure.reason, failure.reachable) {
-        (
-            Reason::TableNotFound
-            | Reason::ColumnNotFound
-            | Reason::SchemaMismatch
-            | Reason::PermissionDenied
-            | Reason::RowSecurity
-            | Reason::ServerNotSupported
-            | Reason::IndexMissing,
-            _,
-        ) => ConditionUpdate::new(SchemaReady, false, failure.reason, &failure.message),
+    match failure.reason.stage() {
+        Stage::Schema => ConditionUpdate::new(SchemaReady, false, failure.reason, &failure.message),
         // It was not looked at, and may be another by now.
-        (_, None | Some(false)) => {
+        Stage::Object | Stage::Connection => {
             ConditionUpdate::new(SchemaReady, None, Reason::NotObserved, "the last attempt did not get to it")
         }
-        (_, Some(true)) => as_before(SchemaReady, old),
+        Stage::Server => as_before(SchemaReady, old),
     }
 }
 

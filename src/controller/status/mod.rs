@@ -6,7 +6,8 @@ pub mod events;
 
 use chrono::{DateTime, Utc};
 
-use crate::api::condition::{self, Reason};
+use crate::api::Reason;
+use crate::api::condition;
 use crate::api::status::{AuditLogSweeperStatus, LastError, whole_seconds};
 use crate::controller::model::{Subject, Update};
 use attempt::Attempt;

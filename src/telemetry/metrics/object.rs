@@ -137,7 +137,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::api::condition::{ConditionUpdate, Reason};
+    use crate::api::Reason;
+    use crate::api::condition::ConditionUpdate;
     use crate::api::status::{Backlog, Unsweepable};
 
     fn spec() -> AuditLogSweeperSpec {

@@ -1,8 +1,8 @@
 //! Rows that the server refuses, and servers that are too busy: every other stale row is swept all the same.
 
+use audit_log_sweeper::api::Class;
 use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::api::status::Outcome;
-use audit_log_sweeper::database::Class;
 use audit_log_sweeper::sweep::{Report, sweep};
 use serde_json::{Value, json};
 use support::postgres::{PostgresOptions, PostgresServer};
