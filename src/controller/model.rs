@@ -152,6 +152,9 @@ pub struct Pending {
     pub subject: Subject,
     /// What came of it.
     pub update: Update,
+    /// Whether this replica still led when it was over. What a process does that was frozen past its term counts, and says
+    /// nothing of the object.
+    pub led: bool,
 }
 
 impl Pending {

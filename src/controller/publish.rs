@@ -14,7 +14,7 @@ use serde_json::json;
 use super::client::{ApiError, ApiServer, text};
 use super::fetch::object;
 use super::model::Fetched;
-use super::model::{Subject, Update};
+use super::model::Pending;
 use super::status;
 use super::status::events::{Event, events};
 use crate::api::{AuditLogSweeper, AuditLogSweeperStatus, validate};
@@ -36,16 +36,14 @@ pub struct Published {
 }
 
 /// Writes the status that follows from `update` onto `base`, or onto what is there by now. None: the object is gone,
-/// or another one has its name. `leads` is asked before each write: a replica that no longer leads only adds its counts.
+/// or another one has its name. Without `led` only the counts are added: see [`Pending`].
 ///
 /// # Errors
 /// When the API server did not take it; nothing is lost by trying again later.
 pub async fn publish(
     server: &ApiServer,
     base: &AuditLogSweeper,
-    subject: &Subject,
-    update: &Update,
-    leads: impl Fn() -> bool,
+    Pending { subject, update, led, .. }: &Pending,
     now: DateTime<Utc>,
 ) -> Result<Option<Published>, ApiError> {
     let namespace = base.namespace().unwrap_or_default();
@@ -56,10 +54,9 @@ pub async fn publish(
         if update.is_in(subject, &old) {
             return Ok(Some(Published { object: base, events: vec![] }));
         }
-        // A later attempt of another replica stands, and so does what the leader does; only the totals take ours in. A
-        // time in the future is no attempt's.
+        // A later attempt of another replica stands; only the totals take ours in. A time in the future is no attempt's.
         let later = |start| old.last_attempt_time.is_some_and(|last| start < last && last <= now);
-        let overtaken = !leads() || update.start().is_some_and(later);
+        let overtaken = !led || update.start().is_some_and(later);
         let new = if overtaken { update.apply_totals(subject, &old) } else { update.apply(subject, &old) };
         if old == new {
             return Ok(Some(Published { object: base, events: vec![] }));

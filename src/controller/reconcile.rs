@@ -275,7 +275,8 @@ async fn act(
         }
     };
     permits.permit = None;
-    let pending = Arc::new(Pending { base: object.clone(), subject, update });
+    let led = context.leadership.leads();
+    let pending = Arc::new(Pending { base: object.clone(), subject, update, led });
     let written = Box::pin(publish_update(context, &object, pending)).await?;
     Ok(Acted::Done(written.map_or(Pass::Wait(None), |written| Pass::Again(Box::new(written)))))
 }

@@ -51,6 +51,11 @@ pub(super) async fn publish_update(
     pending: Arc<Pending>,
 ) -> Result<Option<AuditLogSweeper>, ApiError> {
     let Pending { subject, update, .. } = &*pending;
+    if update.start().is_none() && !context.leadership.leads() {
+        // The leader says it by itself.
+        context.cache.change(&subject.uid, |entry| entry.pending = None);
+        return Ok(None);
+    }
     context.cache.change(&subject.uid, |entry| entry.pending = Some(pending.clone()));
     let given_up = async {
         context.stop.cancelled().await;
@@ -60,9 +65,8 @@ pub(super) async fn publish_update(
             _ => {}
         }
     };
-    let leads = || context.leadership.leads();
     let published = tokio::select! {
-        published = publish::publish(&context.server, object, subject, update, leads, Utc::now()) => published?,
+        published = publish::publish(&context.server, object, &pending, Utc::now()) => published?,
         () = given_up => return Err(ApiError::Timeout(PUBLISH_TIMEOUT)),
     };
     let (written, events) = published.map_or((None, vec![]), |published| (Some(published.object), published.events));
