@@ -1,5 +1,5 @@
 //! Every reason, in one table: what it means, what to do, how a failure is treated, and what it tells of the database.
-//! Conditions, events, metrics, the CLI and docs/operating.md take it from here.
+//! Conditions, events, the CLI and docs/operating.md take it from here.
 
 /// How a failure is treated.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -88,6 +88,8 @@ impl ObjectCache {
     pub fn start_term(&self) {
         for entry in self.lock().values_mut() {
             (entry.not_before, entry.counts) = (None, Counts::default());
+            // Only attempts count something; all else may be outdated, and the leader says it anew.
+            entry.pending.take_if(|pending| pending.update.start().is_none());
         }
     }
 

@@ -29,6 +29,8 @@ pub enum ApiError {
     Timeout(Duration),
     #[error("others kept writing the object at the same time")]
     Conflict,
+    #[error("this replica lost the lead, and no other leads yet")]
+    NoLeader,
     #[error("a bug in the operator; its log says where. Please report it")]
     Panic,
     #[error("{}", text(.0))]
@@ -44,7 +46,7 @@ impl From<kube::Error> for ApiError {
 impl ApiError {
     /// Whether it counts as a failed request: that something is not there, or has changed, is an answer.
     pub fn is_failure(&self) -> bool {
-        !matches!(self.code(), Some(404 | 409)) && !matches!(self, Self::Conflict | Self::Panic)
+        !matches!(self.code(), Some(404 | 409)) && !matches!(self, Self::Conflict | Self::NoLeader | Self::Panic)
     }
 
     /// The HTTP status code of the answer, if there was one.

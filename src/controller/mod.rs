@@ -1,11 +1,12 @@
 //! The controller: drives each object through five steps, and decides nothing itself.
 //!
-//! `resolve` (fetches the object and its Secrets) -> `decide` (pure: what is due) -> `perform` (the sweep or a preflight) ->
-//! `outcome` (pure: the status that follows, with `attempt` and `verdicts`; the events are `notice`'s) -> `publish`
-//! (writes it). A `guard` ends what is done for an object that is deleted, or no longer this install's. What must outlive
-//! a reconcile but not the process is in `memory`, and `stopping` publishes at its end what could not be published
-//! before. Of several replicas the one that holds the `lease` works; the others keep their `watch` warm,
-//! so that a takeover costs no list of all objects, and a replica that could not take over is not ready.
+//! `fetch` (reads the object and its Secrets) -> `decide` (pure: what is due) -> `execute` (the sweep or a preflight) ->
+//! `status` (pure: the status and the events that follow) -> `publish` (writes it). `model` has what they hand to each
+//! other, `client` sends their requests, `limits` bounds what runs at once, and `lifecycle` ends what is done for an object
+//! that is deleted, or no longer this install's. What must outlive a reconcile but not the process is in `cache`, and
+//! `shutdown` publishes at the end what could not be published before. Of several replicas the `leader` works; the others
+//! keep their `watch` warm, so that a takeover costs no list of all objects, and a replica that could not take over is not
+//! ready.
 
 pub mod cache;
 mod client;

@@ -152,8 +152,7 @@ pub struct Pending {
     pub subject: Subject,
     /// What came of it.
     pub update: Update,
-    /// Whether this replica still led when it was over. What a process does that was frozen past its term counts, and says
-    /// nothing of the object.
+    /// Whether this replica still led when it was over. After a freeze past the term, only the counts are published.
     pub led: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Properties of the schedule over thousands of random courses of events: what `decide` and `outcome` do together.
+//! Properties of the schedule over thousands of random courses of events: what `decide` and `status` do together.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! Fifth step: writes the status. Needs a client; what it writes was computed in `outcome`.
+//! Fifth step: writes the status. Needs a client; what it writes was computed in `status`.
 
 use std::fmt::Debug;
 
@@ -36,14 +36,15 @@ pub struct Published {
 }
 
 /// Writes the status that follows from `update` onto `base`, or onto what is there by now. None: the object is gone,
-/// or another one has its name. Without `led` only the counts are added: see [`Pending`].
+/// or another one has its name. Without `led` it only adds the counts: see [`Pending`].
 ///
 /// # Errors
 /// When the API server did not take it; nothing is lost by trying again later.
 pub async fn publish(
     server: &ApiServer,
     base: &AuditLogSweeper,
-    Pending { subject, update, led, .. }: &Pending,
+    Pending { subject, update, .. }: &Pending,
+    led: bool,
     now: DateTime<Utc>,
 ) -> Result<Option<Published>, ApiError> {
     let namespace = base.namespace().unwrap_or_default();
@@ -54,9 +55,11 @@ pub async fn publish(
         if update.is_in(subject, &old) {
             return Ok(Some(Published { object: base, events: vec![] }));
         }
-        // A later attempt of another replica stands; only the totals take ours in. A time in the future is no attempt's.
+        // A later attempt of another replica, or what it says of a newer spec, stands; only the totals take ours in. Ignore a
+        // lastAttemptTime in the future: no attempt wrote it.
         let later = |start| old.last_attempt_time.is_some_and(|last| start < last && last <= now);
-        let overtaken = !led || update.start().is_some_and(later);
+        let newer = old.observed_generation > Some(subject.generation);
+        let overtaken = !led || newer || update.start().is_some_and(later);
         let new = if overtaken { update.apply_totals(subject, &old) } else { update.apply(subject, &old) };
         if old == new {
             return Ok(Some(Published { object: base, events: vec![] }));

@@ -51,12 +51,19 @@ pub(super) async fn publish_update(
     pending: Arc<Pending>,
 ) -> Result<Option<AuditLogSweeper>, ApiError> {
     let Pending { subject, update, .. } = &*pending;
-    if update.start().is_none() && !context.leadership.leads() {
-        // The leader says it by itself.
-        context.cache.change(&subject.uid, |entry| entry.pending = None);
+    let leads = context.leadership.leads();
+    let is_attempt = update.start().is_some();
+    // The leader says by itself what it sees.
+    let kept = (is_attempt || leads).then(|| pending.clone());
+    context.cache.change(&subject.uid, |entry| entry.pending.clone_from(&kept));
+    if kept.is_none() {
         return Ok(None);
     }
-    context.cache.change(&subject.uid, |entry| entry.pending = Some(pending.clone()));
+    let led = leads || pending.led;
+    // As long as nobody else leads, this replica may lead again, and then goes on with what it began.
+    if !led && !context.leadership.another_leads() && !context.stop.is_cancelled() {
+        return Err(ApiError::NoLeader);
+    }
     let given_up = async {
         context.stop.cancelled().await;
         match update {
@@ -66,7 +73,7 @@ pub(super) async fn publish_update(
         }
     };
     let published = tokio::select! {
-        published = publish::publish(&context.server, object, &pending, Utc::now()) => published?,
+        published = publish::publish(&context.server, object, &pending, led, Utc::now()) => published?,
         () = given_up => return Err(ApiError::Timeout(PUBLISH_TIMEOUT)),
     };
     let (written, events) = published.map_or((None, vec![]), |published| (Some(published.object), published.events));

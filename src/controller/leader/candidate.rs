@@ -48,7 +48,7 @@ impl Candidate {
         record.holder_identity.as_deref().filter(|holder| !holder.is_empty())
     }
 
-    fn is_held_by_another(&self, now: Instant) -> bool {
+    pub fn is_held_by_another(&self, now: Instant) -> bool {
         let Some((record, since)) = &self.observed else { return false };
         let seconds = record.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
         let duration = seconds.map_or(self.settings.duration, Duration::from_secs).min(LONGEST);

@@ -83,38 +83,58 @@ impl Term {
     }
 }
 
+/// What this replica knows of the election.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    /// None: it does not lead.
+    term: Option<Term>,
+    /// Whether another replica holds the Lease.
+    another_leads: bool,
+}
+
+impl State {
+    fn leading(term: Term) -> Self {
+        Self { term: Some(term), another_leads: false }
+    }
+}
+
 /// Whether this replica leads.
 #[derive(Clone, Debug)]
-pub struct Leadership(watch::Receiver<Option<Term>>);
+pub struct Leadership(watch::Receiver<State>);
 
 impl Leadership {
     /// A leadership that somebody else decides about.
-    pub fn elected() -> (watch::Sender<Option<Term>>, Self) {
-        let (sender, receiver) = watch::channel(None);
+    pub fn elected() -> (watch::Sender<State>, Self) {
+        let (sender, receiver) = watch::channel(State::default());
         (sender, Self(receiver))
     }
 
     /// The token of the term, if this replica leads and does not stop.
     pub fn term(&self) -> Option<CancellationToken> {
-        let term = self.0.borrow().clone().filter(|term| !term.is_over());
+        let term = self.0.borrow().term.clone().filter(|term| !term.is_over());
         term.map(|term| term.token).filter(|token| !token.is_cancelled())
     }
 
     /// Whether this replica leads, also while it stops.
     pub fn leads(&self) -> bool {
-        self.0.borrow().as_ref().is_some_and(|term| !term.is_over())
+        self.0.borrow().term.as_ref().is_some_and(|term| !term.is_over())
+    }
+
+    /// Whether another replica is known to lead. Neither may be, as while the API server does not answer.
+    pub fn another_leads(&self) -> bool {
+        self.0.borrow().another_leads && !self.leads()
     }
 
     /// Leads from the start until `stop`, without an election.
     pub fn always(stop: &CancellationToken) -> Self {
-        Self(watch::channel(Some(Term { token: stop.child_token(), until: None })).1)
+        Self(watch::channel(State::leading(Term { token: stop.child_token(), until: None })).1)
     }
 
     /// Waits for a term to begin after those that were seen; None: there will be none.
     pub async fn next_term(&mut self) -> Option<()> {
         loop {
             self.0.changed().await.ok()?;
-            if self.0.borrow_and_update().is_some() {
+            if self.0.borrow_and_update().term.is_some() {
                 return Some(());
             }
         }
@@ -126,7 +146,7 @@ impl Leadership {
 pub async fn elect(
     client: Client,
     settings: LeaseSettings,
-    leadership: watch::Sender<Option<Term>>,
+    leadership: watch::Sender<State>,
     readiness: Readiness,
     instruments: Instruments,
     stop: CancellationToken,
@@ -220,7 +240,7 @@ struct Election {
     held: Option<Lease>,
     /// The end of our lead unless it is renewed; None: we do not lead.
     leads_until: Option<Instant>,
-    leadership: watch::Sender<Option<Term>>,
+    leadership: watch::Sender<State>,
     stop: CancellationToken,
 }
 
@@ -271,19 +291,21 @@ impl Election {
         if self.leads_until.is_some_and(|end| now >= end) {
             self.leads_until = None;
         }
-        let (leads, until) = (self.leadership.borrow().is_some(), self.leads_until);
+        let (leads, until) = (self.leadership.borrow().term.is_some(), self.leads_until);
+        let another_leads = self.candidate.is_held_by_another(now);
         if leads && self.leads_until.is_none() {
             warn!(identity = self.candidate.settings.identity, "lost the lease: sweeps are stopped");
-            if let Some(term) = self.leadership.send_replace(None) {
+            if let Some(term) = self.leadership.send_replace(State { term: None, another_leads }).term {
                 term.token.cancel();
             }
         } else if !leads && until.is_some() {
             info!(identity = self.candidate.settings.identity, "leading");
-            self.leadership.send_replace(Some(Term { token: self.stop.child_token(), until }));
+            self.leadership.send_replace(State::leading(Term { token: self.stop.child_token(), until }));
         } else {
             // A renewal is no new term.
-            self.leadership.send_if_modified(|term| {
-                term.iter_mut().for_each(|term| term.until = until);
+            self.leadership.send_if_modified(|state| {
+                state.another_leads = another_leads;
+                state.term.iter_mut().for_each(|term| term.until = until);
                 false
             });
         }
@@ -315,10 +337,10 @@ mod tests {
         let term = || Term { token: stop.child_token(), until: None };
         let (sender, mut leadership) = Leadership::elected();
         assert!(leadership.term().is_none());
-        sender.send_replace(Some(term()));
+        sender.send_replace(State::leading(term()));
         assert_eq!(leadership.next_term().await, Some(()));
-        sender.send_replace(None);
-        sender.send_replace(Some(term()));
+        sender.send_replace(State::default());
+        sender.send_replace(State::leading(term()));
         assert_eq!(leadership.next_term().await, Some(()));
         assert!(leadership.term().is_some());
         stop.cancel();
@@ -333,7 +355,7 @@ mod tests {
         let token = CancellationToken::new();
         let (soon, past) = (Instant::now() + Duration::from_secs(60), Instant::now());
         for (until, leads) in [(soon, true), (past, false)] {
-            sender.send_replace(Some(Term { token: token.clone(), until: Some(until) }));
+            sender.send_replace(State::leading(Term { token: token.clone(), until: Some(until) }));
             assert_eq!((leadership.leads(), leadership.term().is_some()), (leads, leads));
         }
     }

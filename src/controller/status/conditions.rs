@@ -1,4 +1,4 @@
-//! What the conditions say in each situation. Pure; `outcome` lays it over the status.
+//! What the conditions say in each situation. Pure; `status` lays it over the status.
 
 use chrono::TimeDelta;
 
