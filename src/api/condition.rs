@@ -1,4 +1,4 @@
-//! Conditions: their types, the closed set of their reasons, and how a new verdict is laid over the old list.
+//! Conditions: their types, and the list that follows from the old one and from what is said now.
 
 use chrono::{DateTime, Utc};
 pub use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -16,7 +16,7 @@ pub enum ConditionType {
     Ready,
     /// The operator is still working towards the spec: not seen yet, or retrying. Exists only while true.
     Reconciling,
-    /// Nothing will change before someone mends something. Exists only while true.
+    /// Someone must fix the spec, Secret, table or grant. Retries continue meanwhile. Exists only while true.
     Stalled,
     /// Whether the database answered.
     DatabaseReachable,
@@ -65,7 +65,7 @@ pub struct ConditionUpdate {
 }
 
 impl ConditionUpdate {
-    /// A verdict; `status` None means Unknown.
+    /// An update; `status` None means Unknown.
     pub fn new(
         type_: ConditionType,
         status: impl Into<Option<bool>>,
@@ -76,8 +76,8 @@ impl ConditionUpdate {
     }
 }
 
-/// The new list of conditions. A `lastTransitionTime` moves only when the status flips. Conditions that others set stay, as long as there is
-/// room: a list that is too long would have every write of the status refused.
+/// The new list of conditions. A `lastTransitionTime` moves only when the status flips. Conditions of others stay while there is
+/// room: the API server refuses a list that is too long, and with it every write of the status.
 pub fn apply(old: &[Condition], updates: &[ConditionUpdate], generation: i64, now: DateTime<Utc>) -> Vec<Condition> {
     let ours = |condition: &&Condition| ConditionType::ALL.iter().any(|ours| ours.as_str() == condition.type_);
     let foreign = old.iter().filter(|condition| !ours(condition)).cloned();

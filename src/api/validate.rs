@@ -224,6 +224,33 @@ fn type_of(value: &Value) -> &'static str {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_status_is_read_without_what_cannot_be_read() {
+        let condition = |time: &str| json!({ "type": "Foreign", "status": "True", "reason": "R", "message": "", "lastTransitionTime": time });
+        let status = readable_status(&json!({
+            "totals": { "sweeps": 3, "failures": 1, "timedOut": 7 },
+            "lastSuccessfulTime": "2026-11-27T10:00:00+99:99",
+            "nextScheduleTime": 5,
+            "conditions": [condition("2026-11-27T10:00:00Z"), condition("never")],
+        }));
+        let totals = status.totals.unwrap();
+        assert_eq!((totals.sweeps, totals.failures, totals.timed_out), (3, 1, 7));
+        assert_eq!((status.last_successful_time, status.next_schedule_time, status.conditions.len()), (None, None, 1));
+    }
+
+    #[test]
+    fn an_unreadable_status_does_not_make_the_object_invalid() {
+        let object = |timeout: &str| {
+            json!({
+                "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app" },
+                "spec": { "database": { "secretRef": { "name": "db" } }, "timeout": timeout },
+                "status": { "lastSuccessfulTime": "yesterday", "consecutiveFailures": 4 },
+            })
+        };
+        assert_eq!(parse(&object("4h")).unwrap().status.unwrap().consecutive_failures, 4);
+        assert!(parse(&object("soon")).is_err());
+    }
+
     fn judged(rest: Value) -> Vec<String> {
         let mut spec = json!({ "database": { "secretRef": { "name": "db" } } });
         spec.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());

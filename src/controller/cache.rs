@@ -7,8 +7,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use kube::ResourceExt;
 use kube::runtime::reflector::Store;
 
-use super::model::Fetched;
-use super::model::Pending;
+use super::model::{Fetched, Pending};
 use crate::api::{AuditLogSweeperSpec, validate};
 use crate::telemetry::metrics::Counts;
 
@@ -155,6 +154,6 @@ mod tests {
         assert!(entry.needs_check(true, 1, &secrets, at(-3600)), "a clock that jumped");
         assert!(entry.needs_check(true, 2, &secrets, at(1)));
         assert!(entry.needs_check(true, 1, &secrets[..1], at(1)));
-        assert!(entry.needs_check(false, 1, &secrets, at(1)), "what it found may be mended by now");
+        assert!(entry.needs_check(false, 1, &secrets, at(1)), "what it found may be fixed by now");
     }
 }

@@ -19,6 +19,9 @@ pub const API_TIMEOUT: Duration = Duration::from_secs(15);
 /// those would be most of the memory, and a burst that the API server does not need.
 pub const REQUEST_SLOTS: usize = 32;
 
+/// How the API server begins a complaint about a field that its CRD does not know.
+const STRICT: &str = "strict decoding error";
+
 /// What the API server says when a status has a field that its CRD does not know.
 const UNKNOWN_FIELD: &str = "unknown field";
 
@@ -79,7 +82,9 @@ pub fn text(error: &(dyn Error + 'static)) -> String {
     let mut next = Some(error);
     while let Some(cause) = next {
         if let Some(kube::Error::Api(status)) = cause.downcast_ref() {
-            return format!("{} (HTTP {})", status.message, status.code);
+            // Before its complaint about a field it quotes the whole object, which is long and may hold what others annotated.
+            let message = status.message.rfind(STRICT).map_or(&*status.message, |at| status.message.split_at(at).1);
+            return format!("{message} (HTTP {})", status.code);
         }
         next = cause.source();
     }

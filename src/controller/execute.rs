@@ -7,21 +7,17 @@ use kube::{Resource, ResourceExt};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::Failure;
-
 use super::cache::Seen;
 use super::client::ApiError;
 use super::lifecycle::catch_panic;
 use super::log::log;
-use super::model::Slot;
-use super::model::{Subject, Update};
+use super::model::{Slot, Subject, Update};
 use super::{Context, fetch};
-use crate::api::AuditLogSweeper;
 use crate::api::condition::{self, ConditionType};
 use crate::api::status::{Outcome, Trigger};
+use crate::api::{AuditLogSweeper, Failure};
 use crate::database::Target;
-use crate::preflight;
-use crate::preflight::Checked;
+use crate::preflight::{self, Checked};
 use crate::sweep::statement::Cursor;
 use crate::sweep::throttle::Peers;
 use crate::sweep::{self, Job, Plan, Report};

@@ -13,9 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::model::Fetched;
-use crate::api::Class;
-use crate::api::Failure;
-use crate::api::{AuditLogSweeper, Reason};
+use crate::api::{AuditLogSweeper, Failure, Reason};
 
 /// How often it looks at what the watch has seen, which costs no request.
 const LOOK: Duration = Duration::from_millis(250);
@@ -62,10 +60,11 @@ fn is_there(stores: &Stores, object: &AuditLogSweeper) -> bool {
 /// Waits for a piece of work; a panic in it is a failure of this object, and of no other. What the panic says may be
 /// data.
 pub async fn catch_panic<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
-    AssertUnwindSafe(work).catch_unwind().await.map_err(|_| Failure {
-        reason: Reason::InternalError,
-        message: "a bug in the operator ended this attempt; its log says where. Please report it".into(),
-        class: Class::Transient,
+    AssertUnwindSafe(work).catch_unwind().await.map_err(|_| {
+        Failure::new(
+            Reason::InternalError,
+            "a bug in the operator ended this attempt; its log says where. Please report it",
+        )
     })
 }
 
@@ -78,6 +77,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+    use crate::api::Class;
 
     fn object(metadata: serde_json::Value) -> AuditLogSweeper {
         let mut whole = json!({ "name": "app", "namespace": "n", "uid": "1" });

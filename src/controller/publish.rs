@@ -13,8 +13,7 @@ use serde_json::json;
 
 use super::client::{ApiError, ApiServer, text};
 use super::fetch::object;
-use super::model::Fetched;
-use super::model::Pending;
+use super::model::{Fetched, Pending};
 use super::status;
 use super::status::events::{Event, events};
 use crate::api::{AuditLogSweeper, AuditLogSweeperStatus, validate};
@@ -119,7 +118,7 @@ pub async fn publish_events(server: &ApiServer, recorder: &Recorder, object: &Au
     }
 }
 
-/// Replaces the whole status, whoever wrote parts of it: a restored backup or a hand must not outlast the next write.
+/// Replaces the whole status: parts that a restored backup or a person wrote must not outlast the next write.
 /// With the resourceVersion, so that it fails if others wrote meanwhile, or if another object has the name.
 async fn write<K>(server: &ApiServer, meta: &ObjectMeta, status: &AuditLogSweeperStatus) -> Result<K, ApiError>
 where

@@ -60,7 +60,7 @@ pub(super) async fn publish_update(
         return Ok(None);
     }
     let led = leads || pending.led;
-    // As long as nobody else leads, this replica may lead again, and then goes on with what it began.
+    // While no other replica leads, this one may lead again, and then goes on with what it began.
     if !led && !context.leadership.another_leads() && !context.stop.is_cancelled() {
         return Err(ApiError::NoLeader);
     }

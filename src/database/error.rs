@@ -32,8 +32,8 @@ pub enum Error {
     )]
     NamedForNothing,
     /// Nobody answers.
-    #[error("{}", unanswered(.host, *.stage, *.after))]
-    Unanswered { host: String, stage: Stage, after: Duration },
+    #[error("{}", unanswered(.host, *.phase, *.after))]
+    Unanswered { host: String, phase: ConnectPhase, after: Duration },
     /// A server that takes no writes, where one that does was asked for.
     #[error("{host} takes no writes: it is a standby or read-only; name the primary in the connection URI")]
     ReadOnly { host: String },
@@ -88,7 +88,7 @@ pub enum Error {
 
 /// How far a connection has come: what a silent server leaves unanswered.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Stage {
+pub enum ConnectPhase {
     Name,
     Tcp,
     Handshake,
@@ -187,10 +187,10 @@ impl Error {
             Self::Uri(_) => Reason::InvalidConnectionURI,
             Self::Spec(_) => Reason::InvalidSpec,
             Self::Ca(_) | Self::ClientCertificate(_) | Self::NamedForNothing | Self::Tls { .. } => Reason::TLSFailed,
-            Self::Resolve { .. } | Self::Unanswered { stage: Stage::Name, .. } => Reason::NameResolutionFailed,
+            Self::Resolve { .. } | Self::Unanswered { phase: ConnectPhase::Name, .. } => Reason::NameResolutionFailed,
             Self::Connect { .. } => Reason::DatabaseUnreachable,
-            Self::Unanswered { stage: Stage::Tcp, .. } => Reason::ConnectTimeout,
-            Self::Unanswered { stage: Stage::Handshake, .. } => Reason::LoginTimeout,
+            Self::Unanswered { phase: ConnectPhase::Tcp, .. } => Reason::ConnectTimeout,
+            Self::Unanswered { phase: ConnectPhase::Handshake, .. } => Reason::LoginTimeout,
             Self::Timer { .. } => Reason::ResponseTimeout,
             Self::Broken { .. } => Reason::ConnectionLost,
             Self::ReadOnly { .. } => Reason::NotPrimary,
@@ -344,16 +344,16 @@ fn hint(reason: Reason) -> Option<String> {
 }
 
 /// What was waited for in vain, and what to check.
-fn unanswered(host: &str, stage: Stage, after: Duration) -> String {
-    match stage {
-        Stage::Name => format!(
+fn unanswered(host: &str, phase: ConnectPhase, after: Duration) -> String {
+    match phase {
+        ConnectPhase::Name => format!(
             "no name server answered for {host} within {after:?}; check the cluster's DNS and the host in the connection URI"
         ),
-        Stage::Tcp => format!(
+        ConnectPhase::Tcp => format!(
             "{host} did not answer within {after:?}; check the host and port in the connection URI, and that no firewall \
              or NetworkPolicy drops the connection"
         ),
-        Stage::Handshake => format!(
+        ConnectPhase::Handshake => format!(
             "{host} took the connection and did not let us log in within {after:?}; check that PostgreSQL listens on the \
              port in the connection URI"
         ),

@@ -19,7 +19,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::either::Either;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::error::{Error, Stage, Step};
+use super::error::{ConnectPhase, Error, Step};
 use super::target::Target;
 
 /// The longest that name, TCP, TLS and login may take together, for one host, unless the URI says otherwise.
@@ -62,25 +62,25 @@ impl Target {
             // A silent one leaves the others their share.
             let others = u32::try_from(places - index).unwrap_or(u32::MAX);
             let limit = most.min(end.saturating_duration_since(Instant::now()) / others);
-            let mut stage = Stage::Name;
-            last = match timeout(limit, self.connect_to(&place, &mut stage)).await {
+            let mut phase = ConnectPhase::Name;
+            last = match timeout(limit, self.connect_to(&place, &mut phase)).await {
                 Ok(Ok(session)) => return Ok(session),
                 Ok(Err(error)) => error,
-                Err(_) => Error::Unanswered { host: place.label(stage), stage, after: rounded(limit) },
+                Err(_) => Error::Unanswered { host: place.label(phase), phase, after: rounded(limit) },
             };
         }
         Err(last)
     }
 
-    async fn connect_to(&self, place: &Place, stage: &mut Stage) -> Result<Session, Error> {
+    async fn connect_to(&self, place: &Place, phase: &mut ConnectPhase) -> Result<Session, Error> {
         let host = place.name();
         let peer = match place {
             Place::Tcp { address, port, .. } => Peer::Tcp(resolve(address, *port).await?),
             Place::Unix(path) => Peer::Unix(path.clone()),
         };
-        *stage = Stage::Tcp;
-        let (stream, peer) = dial(&place.label(Stage::Tcp), &peer).await?;
-        *stage = Stage::Handshake;
+        *phase = ConnectPhase::Tcp;
+        let (stream, peer) = dial(&place.label(ConnectPhase::Tcp), &peer).await?;
+        *phase = ConnectPhase::Handshake;
         let mut config = self.config.clone();
         if matches!(peer, Peer::Unix(_)) {
             // It does not leave the machine; PostgreSQL has no TLS there.
@@ -135,9 +135,9 @@ enum Place {
 
 impl Place {
     /// For messages: with the port, once that matters.
-    fn label(&self, stage: Stage) -> String {
+    fn label(&self, phase: ConnectPhase) -> String {
         match self {
-            Self::Tcp { name, port, .. } if stage != Stage::Name => format!("{name} port {port}"),
+            Self::Tcp { name, port, .. } if phase != ConnectPhase::Name => format!("{name} port {port}"),
             _ => self.name(),
         }
     }

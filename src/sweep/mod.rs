@@ -1,7 +1,7 @@
 //! The sweep: everything that the database sees of it. Knows nothing of Kubernetes.
 //!
-//! `plan` turns a spec into quoted SQL parts, `statement` writes the SQL, `run` drives the batches at the `pace` that the
-//! server allows, with `courtesy` to others who write to it, `report` is what comes out. Every batch is its own short
+//! `plan` turns a spec into quoted SQL parts, `statement` writes the SQL, `execute` drives the batches, whose size
+//! `batch_planner` chooses and `throttle` limits while others write, `report` is what comes out. Every batch is its own short
 //! transaction: what is done stays done, and is counted, even when a later batch fails.
 
 pub mod batch_planner;

@@ -41,7 +41,7 @@ async fn rides_out(refusal: Refusal, refusing: Duration, args: &[&str]) {
         if kinds[2] == 0 {
             gateway.end_watches(End::Closed);
         }
-        // Whoever lost the lead writes no status.
+        // A replica that lost the lead writes no status.
         let skipped = usize::from(!args.is_empty());
         if began.elapsed() >= refusing && kinds[skipped..].iter().all(|refused| *refused > 0) {
             Ok(())

@@ -26,12 +26,11 @@ impl Operator {
         output(self.kubectl().args(["delete", kinds, &self.namespace])).unwrap();
     }
 
-    /// Waits until the status counts so many sweeps and rows.
-    async fn until_counted(&self, sweeps: i64, rows: i64) -> Value {
+    /// Waits until the status counts so many rows, and is well.
+    async fn until_counted(&self, rows: u32) -> Value {
         eventually("the counts", RETRIED, async || {
             let status = json!(self.api().get("app").await.map_err(|error| error.to_string())?.status);
-            let totals = &status["totals"];
-            let counted = totals["sweeps"] == json!(sweeps) && totals["timedOut"] == json!(rows);
+            let counted = status["totals"]["timedOut"] == json!(rows) && has(&status, "Ready=True/Swept");
             if counted { Ok(status) } else { Err(format!("{status:#}\n{}", self.log())) }
         })
         .await
@@ -90,12 +89,8 @@ async fn a_policy_that_denies_status_writes_delays_the_counts_and_loses_none() {
     let before = json!(operator.api().get("app").await.unwrap().status)["totals"]["sweeps"].as_i64().unwrap();
     log.start_many(3).await;
     operator.delete("validatingadmissionpolicybinding,validatingadmissionpolicy");
-    let status = eventually("the counts", RETRIED, async || {
-        let status = json!(operator.api().get("app").await.unwrap().status);
-        if status["totals"]["timedOut"] == json!(3) { Ok(status) } else { Err(format!("{status:#}")) }
-    })
-    .await;
-    assert!(status["totals"]["sweeps"].as_i64() >= Some(before + 1) && has(&status, "Ready=True/Swept"), "{status:#}");
+    let status = operator.until_counted(3).await;
+    assert!(status["totals"]["sweeps"].as_i64() >= Some(before + 1), "{status:#}");
     assert_eq!((&status["totals"]["failures"], log.timed_out().await), (&json!(0), vec![1, 2, 3]));
 }
 
@@ -110,7 +105,8 @@ async fn a_webhook_that_never_answers_delays_the_counts_and_loses_none() {
     operator.start().await;
     until_says(operator.process.as_ref().unwrap(), "trying this object again").await;
     operator.delete("validatingwebhookconfiguration");
-    operator.until_counted(1, 3).await;
+    let status = operator.until_counted(3).await;
+    assert_eq!(status["totals"]["sweeps"], json!(1), "{status:#}");
     assert_eq!(log.timed_out().await, [1, 2, 3]);
 }
 
@@ -133,12 +129,7 @@ async fn no_answer_to_a_status_write_loses_a_count_or_an_object() {
         })
         .await;
         proxy.refuse(None);
-        eventually(&format!("the count after {code}"), RETRIED, async || {
-            let status = json!(operator.api().get("app").await.unwrap().status);
-            let counted = status["totals"]["timedOut"] == json!(number) && has(&status, "Ready=True/Swept");
-            if counted { Ok(()) } else { Err(format!("{status:#}\n{}", process.log_tail(20))) }
-        })
-        .await;
+        operator.until_counted(number).await;
     }
     assert_eq!(log.timed_out().await, (1..=8).collect::<Vec<_>>());
     assert!(process.is_running(), "{}", process.log_tail(30));

@@ -10,7 +10,7 @@ use super::words::plain;
 use crate::api::condition::{self, Condition, ConditionType};
 use crate::api::reason::NOTHING;
 use crate::api::request::REQUESTED_AT;
-use crate::api::{AuditLogSweeperSpec, AuditLogSweeperStatus, Reason};
+use crate::api::{AuditLogSweeperSpec, AuditLogSweeperStatus, Reason, validate};
 
 /// One object.
 #[derive(Clone, Debug)]
@@ -24,7 +24,7 @@ pub struct ObjectView {
     /// Err: why it cannot be read.
     pub spec: Result<AuditLogSweeperSpec, String>,
     pub status: AuditLogSweeperStatus,
-    /// Why the status cannot be read, if so; it is then as if it were empty.
+    /// Why the status cannot be read, if so; what can be read of it is shown.
     pub unreadable: Option<String>,
     raw_status: Value,
 }
@@ -35,7 +35,7 @@ impl From<&DynamicObject> for ObjectView {
         let raw_status = part("status");
         let (status, unreadable) = match serde_json::from_value::<Option<AuditLogSweeperStatus>>(raw_status.clone()) {
             Ok(status) => (status.unwrap_or_default(), None),
-            Err(error) => (AuditLogSweeperStatus::default(), Some(plain(&error.to_string()))),
+            Err(error) => (validate::readable_status(&raw_status), Some(plain(&error.to_string()))),
         };
         let created = object.metadata.creation_timestamp.as_ref();
         Self {

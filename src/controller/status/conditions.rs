@@ -14,7 +14,7 @@ use crate::sweep::Report;
 
 use ConditionType::{BacklogBounded, DatabaseReachable, Ready, Reconciling, SchemaReady, Stalled, Suspended};
 
-/// An attempt failed; `stalled`: nothing will change before someone mends something.
+/// An attempt failed; `stalled`: someone must fix something.
 pub(super) fn failed(failure: &Failure, stalled: bool, times: i32, old: &[Condition]) -> Vec<ConditionUpdate> {
     let progress = if stalled {
         ConditionUpdate::new(Stalled, true, failure.reason, &failure.message)
