@@ -16,8 +16,8 @@ use support::{leaks, progress};
 /// Servers get a signal when the tests end, and then their folders go: hundreds of databases on a slow disk.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// Tests that measure how late things happen, or how busy a server is. They run after all others, one at a time.
-const ALONE: [&str; 3] = ["are_on_time_beside_fifty", "on_time_beside_the_slow", "a_sweep_gives_way_to_others"];
+/// Tests that measure how late things happen. They run after all others, one at a time.
+const ALONE: [&str; 2] = ["hundreds_are_on_time_beside", "on_time_beside_the_slow"];
 
 /// Tests at once for each core, of all lanes: most wait for a server most of the time.
 const PER_CORE: usize = 5;
