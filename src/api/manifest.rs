@@ -4,13 +4,13 @@
 use k8s_openapi::api::core::v1::Secret;
 use serde_json::Value;
 
-use super::{AuditLogSweeper, validate};
+use super::{AuditLogSweeper, Sweeper, validate};
 
 /// What a file held.
 #[derive(Debug)]
 pub struct Manifest {
     /// The one AuditLogSweeper.
-    pub sweeper: AuditLogSweeper,
+    pub sweeper: Sweeper,
     /// The Secrets beside it.
     pub secrets: Vec<Secret>,
 }
@@ -80,7 +80,7 @@ fn secret(document: &Value) -> Result<Secret, ManifestError> {
 }
 
 /// The object with its defaults, or every error that the API server would name.
-fn validate(object: &Value) -> Result<AuditLogSweeper, ManifestError> {
+fn validate(object: &Value) -> Result<Sweeper, ManifestError> {
     let mut object = object.clone();
     let mut errors = Vec::new();
     if object.pointer("/metadata/name").and_then(Value::as_str).is_none_or(str::is_empty) {
@@ -94,5 +94,7 @@ fn validate(object: &Value) -> Result<AuditLogSweeper, ManifestError> {
     if let Some(object) = object.as_object_mut() {
         object.remove("status");
     }
-    serde_json::from_value(object).map_err(|error| ManifestError::Invalid(vec![error.to_string()]))
+    let object: AuditLogSweeper =
+        serde_json::from_value(object).map_err(|error| ManifestError::Invalid(vec![error.to_string()]))?;
+    Sweeper::new(object).map_err(ManifestError::Invalid)
 }

@@ -8,6 +8,7 @@ pub mod reason;
 pub mod request;
 pub mod spec;
 pub mod status;
+pub mod sweeper;
 pub mod validate;
 
 pub use condition::{Condition, ConditionType, ConditionUpdate};
@@ -15,6 +16,8 @@ pub use duration::Duration;
 pub use reason::{Class, Failure, Reason, Stage};
 pub use spec::{AuditLogSweeper, AuditLogSweeperSpec};
 pub use status::AuditLogSweeperStatus;
+pub use sweeper::Sweeper;
+pub use validate::ValidSpec;
 
 /// The API group of the resource.
 pub const GROUP: &str = "auditlog.dev";

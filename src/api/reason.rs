@@ -26,7 +26,8 @@ pub enum Stage {
 }
 
 /// Why something failed.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{message}")]
 pub struct Failure {
     pub reason: Reason,
     /// What is wrong, where, and what to do. No row data, no credentials.

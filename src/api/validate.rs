@@ -1,7 +1,8 @@
 //! Judges an AuditLogSweeper by the CRD's own schema and rules, as the API server does: a file before it is used, and
 //! an object that an older or looser CRD let in.
 
-use std::sync::LazyLock;
+use std::ops::Deref;
+use std::sync::{Arc, LazyLock};
 
 use kube_cel::CompiledSchema;
 use serde::Deserialize;
@@ -39,9 +40,33 @@ pub fn judge(object: &mut Value) -> Vec<String> {
     errors
 }
 
-/// Everything that the API server would refuse of a spec; nothing if it is well.
-pub fn judge_spec(spec: &AuditLogSweeperSpec) -> Vec<String> {
-    judge(&mut json!({ "spec": spec }))
+/// A spec that breaks no rule of the CRD, whoever let it in. Nothing sweeps by another.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ValidSpec(Arc<AuditLogSweeperSpec>);
+
+impl ValidSpec {
+    /// Judges a spec, which takes longer than all else of a reconcile.
+    ///
+    /// # Errors
+    /// Everything that the API server would refuse of it.
+    pub fn new(spec: AuditLogSweeperSpec) -> Result<Self, Vec<String>> {
+        let broken = judge(&mut json!({ "spec": spec }));
+        if broken.is_empty() { Ok(Self(Arc::new(spec))) } else { Err(broken) }
+    }
+
+    /// For tests that make thousands of them.
+    #[cfg(test)]
+    pub fn unjudged(spec: AuditLogSweeperSpec) -> Self {
+        Self(Arc::new(spec))
+    }
+}
+
+impl Deref for ValidSpec {
+    type Target = AuditLogSweeperSpec;
+
+    fn deref(&self) -> &AuditLogSweeperSpec {
+        &self.0
+    }
 }
 
 /// Reads an object of the cluster. A spec field that this version does not know may narrow what is swept, so such an object
@@ -254,7 +279,7 @@ mod tests {
     fn judged(rest: Value) -> Vec<String> {
         let mut spec = json!({ "database": { "secretRef": { "name": "db" } } });
         spec.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
-        judge_spec(&serde_json::from_value(spec).unwrap())
+        ValidSpec::new(serde_json::from_value(spec).unwrap()).err().unwrap_or_default()
     }
 
     #[test]
@@ -272,6 +297,9 @@ mod tests {
             (json!({ "timeout": "59s" }), "spec.timeout: must be a duration such as 4h or 1h30m, from 1m"),
             (json!({ "period": "0s" }), "spec.period: must be a duration such as 4h or 1h30m, from 5s"),
             (json!({ "limit": -5 }), "spec.limit: Invalid value: -5: should be greater than or equal to 1"),
+            (json!({ "batchSize": 0 }), "spec.batchSize: Invalid value: 0: should be greater than or equal to 1"),
+            (json!({ "deadline": "999ms", "statementTimeout": "100ms" }), "spec.deadline: must be a duration such as"),
+            (json!({ "statementTimeout": "0s" }), "spec.statementTimeout: must be a duration such as"),
             (json!({ "historyLimit": 21 }), "spec.historyLimit: Invalid value: 21: should be less than or equal to 20"),
             (json!({ "table": "" }), "spec.table: Invalid value: \"\": should be at least 1"),
             (json!({ "complete": [{ "column": "a" }] }), "spec.complete[0]: must have exactly one of value"),

@@ -6,12 +6,11 @@ use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
-use kube::ResourceExt;
 
 use super::cluster::{Cluster, ClusterError};
 use super::{Output, default_roots};
 use crate::api::manifest::{self, Manifest};
-use crate::api::{AuditLogSweeper, Reason, validate};
+use crate::api::{Reason, Sweeper, validate};
 use crate::credentials::{self, ConnectionUri, Credentials, CredentialsError, SecretData};
 use crate::database::Target;
 use crate::sweep::Plan;
@@ -44,16 +43,16 @@ pub struct Input {
 pub fn read(file: &Path, args: &Source) -> anyhow::Result<Input> {
     let manifest = manifest::read(&read_file(file)?).with_context(|| file.display().to_string())?;
     let sweeper = &manifest.sweeper;
-    let namespace = sweeper.namespace().unwrap_or_else(|| "default".into());
+    let namespace = if sweeper.namespace().is_empty() { "default" } else { sweeper.namespace() };
     let url = args.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok().filter(|url| !url.is_empty()));
     let mut secrets = BTreeMap::new();
     // The first holds the URI.
     let names = credentials::names(&sweeper.spec.database).into_iter().enumerate();
     for (index, name) in names.skip(usize::from(url.is_some())) {
         let or = if index == 0 { ", or set --database-url or DATABASE_URL" } else { "" };
-        secrets.insert(name.to_owned(), secret(&manifest, &namespace, name, or)?.clone());
+        secrets.insert(name.to_owned(), secret(&manifest, namespace, name, or)?.clone());
     }
-    resolve(sweeper, &namespace, &secrets, url)
+    resolve(sweeper, namespace, &secrets, url)
 }
 
 /// Why an object of the cluster cannot be worked on.
@@ -73,8 +72,10 @@ pub enum FetchError {
 /// When one of them is not there, not readable for the user, or not right.
 pub async fn fetch(cluster: &Cluster, name: &str, args: &Source) -> Result<Input, FetchError> {
     let object = cluster.get(name).await.map_err(FetchError::Cluster)?;
-    let sweeper =
-        serde_json::to_value(object).map_err(|error| error.to_string()).and_then(|object| validate::parse(&object));
+    let sweeper = serde_json::to_value(object)
+        .map_err(|error| error.to_string())
+        .and_then(|object| validate::parse(&object))
+        .and_then(|object| Sweeper::new(object).map_err(|broken| broken.join("; ")));
     let sweeper = sweeper.map_err(|error| {
         FetchError::Found(Reason::InvalidSpec, format!("the object is not a valid AuditLogSweeper: {error}"))
     })?;
@@ -106,7 +107,7 @@ pub async fn fetch(cluster: &Cluster, name: &str, args: &Source) -> Result<Input
 /// # Errors
 /// When what they hold is not right.
 fn resolve(
-    sweeper: &AuditLogSweeper,
+    sweeper: &Sweeper,
     namespace: &str,
     secrets: &BTreeMap<String, SecretData>,
     url: Option<String>,
@@ -114,10 +115,9 @@ fn resolve(
     let database = &sweeper.spec.database;
     let credentials = Credentials::read(database, namespace, secrets, url.map(|url| ConnectionUri::new(&url)))?;
     let mode = database.tls.as_ref().and_then(|tls| tls.mode);
-    let application_name = format!("audit-log-sweeper/{namespace}/{}", sweeper.name_any());
+    let application_name = format!("audit-log-sweeper/{namespace}/{}", sweeper.name());
     let target = Target::new(&credentials, mode, &default_roots()?, &application_name)?;
-    let plan = Plan::new(&sweeper.spec)?;
-    Ok(Input { plan, target })
+    Ok(Input { plan: Plan::new(&sweeper.spec), target })
 }
 
 /// The text of a file, or of standard input.

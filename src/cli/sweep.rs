@@ -38,8 +38,8 @@ pub async fn sweep(args: Sweep) -> ExitCode {
         Output::Text => print(&text_report(&report)),
         output => respond(output, &machine_report(&job, &report)),
     };
-    if let Some(error) = &report.error {
-        complain(&anyhow::Error::msg(format!("{}: {error}", error.reason().as_str())), 1)
+    if let Err(failure) = &report.end {
+        complain(&anyhow::Error::msg(format!("{}: {failure}", failure.reason.as_str())), 1)
     } else if report.outcome() == Outcome::Stopped {
         complain(&anyhow::Error::msg("stopped by a signal"), 1)
     } else {
@@ -48,7 +48,7 @@ pub async fn sweep(args: Sweep) -> ExitCode {
 }
 
 fn machine_report(job: &Job, report: &Report) -> Value {
-    let error = report.error.as_ref();
+    let failure = report.end.as_ref().err();
     json!({
         "timedOut": report.timed_out,
         "cutoff": report.cutoff,
@@ -62,7 +62,7 @@ fn machine_report(job: &Job, report: &Report) -> Value {
         "uncertain": report.uncertain,
         "durationMilliseconds": report.duration_milliseconds(),
         "backlog": report.backlog,
-        "error": error.map(|error| json!({ "reason": error.reason().as_str(), "message": error.to_string() })),
+        "error": failure.map(|failure| json!({ "reason": failure.reason.as_str(), "message": failure.message })),
     })
 }
 

@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use kube::ResourceExt;
+use kube::core::error_boundary::InvalidObject;
 use kube::runtime::reflector::Store;
 
-use super::model::{Fetched, Pending};
-use crate::api::{AuditLogSweeperSpec, validate};
+use super::model::{AttemptResult, Fetched};
+use crate::api::{AuditLogSweeper, Sweeper, ValidSpec};
 use crate::telemetry::metrics::Counts;
 
 /// What is remembered of one object.
@@ -16,12 +17,14 @@ use crate::telemetry::metrics::Counts;
 pub struct CacheEntry {
     /// No sweep before this, whatever the status says. Set before a sweep starts.
     pub not_before: Option<DateTime<Utc>>,
-    /// An outcome that could not be published yet.
-    pub pending: Option<Arc<Pending>>,
+    /// A result that could not be published yet.
+    pub pending: Option<Arc<AttemptResult>>,
     /// What was looked at by the last whole preflight, and when.
     pub checked: Option<Seen>,
-    /// The last spec that was judged and found to break no rule.
-    pub valid: Option<Arc<AuditLogSweeperSpec>>,
+    /// The last spec that was valid.
+    pub valid: Option<ValidSpec>,
+    /// The server that its database was on when it was last looked up.
+    pub server: Option<String>,
     /// API requests that failed in a row, for the backoff.
     pub api_failures: u32,
     /// What was done for it since this process leads.
@@ -68,17 +71,25 @@ impl ObjectCache {
         change(self.lock().entry(uid.to_owned()).or_default())
     }
 
-    /// Every rule of the CRD that a spec breaks. A spec that breaks none is judged once: that takes longer than all else
-    /// of a reconcile. Told by the spec and not by its generation: a default of the CRD changes the one without the other.
-    pub fn broken_rules(&self, uid: &str, spec: &AuditLogSweeperSpec) -> Vec<String> {
-        if self.lock().get(uid).is_some_and(|entry| entry.valid.as_deref() == Some(spec)) {
-            return vec![];
+    /// The object, if it is valid. A valid spec is judged once. Told by the spec and not by its generation: a default of
+    /// the CRD changes the one without the other.
+    ///
+    /// # Errors
+    /// What is wrong with the object.
+    pub fn validate(&self, object: &Fetched) -> Result<Sweeper, Box<InvalidObject>> {
+        let AuditLogSweeper { metadata, spec, status } =
+            object.0.as_ref().map_err(|invalid| Box::new(invalid.clone()))?;
+        let uid = metadata.uid.as_deref().unwrap_or_default();
+        let known = self.get(uid).valid.filter(|valid| **valid == *spec);
+        let spec = known.map_or_else(|| ValidSpec::new(spec.clone()), Ok);
+        let metadata = metadata.clone();
+        match spec {
+            Ok(spec) => {
+                self.change(uid, |entry| entry.valid = Some(spec.clone()));
+                Ok(Sweeper { metadata, spec, status: status.clone().unwrap_or_default() })
+            }
+            Err(broken) => Err(Box::new(InvalidObject { error: broken.join("; "), metadata })),
         }
-        let broken = validate::judge_spec(spec);
-        if broken.is_empty() {
-            self.change(uid, |entry| entry.valid = Some(Arc::new(spec.clone())));
-        }
-        broken
     }
 
     /// Forgets when sweeps are due: another replica may have led meanwhile, and only the statuses know what it did.
@@ -88,12 +99,12 @@ impl ObjectCache {
         for entry in self.lock().values_mut() {
             (entry.not_before, entry.counts) = (None, Counts::default());
             // Only attempts count something; all else may be outdated, and the leader says it anew.
-            entry.pending.take_if(|pending| pending.update.start().is_none());
+            entry.pending.take_if(|pending| pending.sweep().is_none());
         }
     }
 
     /// What could not be published yet.
-    pub fn pending(&self) -> Vec<Arc<Pending>> {
+    pub fn pending(&self) -> Vec<Arc<AttemptResult>> {
         self.lock().values().filter_map(|entry| entry.pending.clone()).collect()
     }
 
@@ -129,16 +140,21 @@ mod tests {
     }
 
     #[test]
-    fn a_spec_that_was_found_well_is_no_word_for_another() {
-        let spec = |timeout| -> AuditLogSweeperSpec {
-            let spec = serde_json::json!({ "database": { "secretRef": { "name": "db" } }, "timeout": timeout });
-            serde_json::from_value(spec).unwrap()
+    fn that_one_spec_is_valid_says_nothing_of_another() {
+        let object = |uid: &str, timeout: &str| -> Fetched {
+            serde_json::from_value(serde_json::json!({
+                "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app", "uid": uid },
+                "spec": { "database": { "secretRef": { "name": "db" } }, "timeout": timeout },
+            }))
+            .unwrap()
         };
         let cache = ObjectCache::default();
         for _ in 0..2 {
-            assert_eq!(cache.broken_rules("1", &spec("1h")), [""; 0]);
-            assert_eq!(cache.broken_rules("1", &spec("0s")).len(), 1);
-            assert_eq!(cache.broken_rules("2", &spec("0s")).len(), 1);
+            assert_eq!(cache.validate(&object("1", "1h")).unwrap().spec.timeout.to_string(), "1h");
+            for uid in ["1", "2"] {
+                let invalid = cache.validate(&object(uid, "0s")).unwrap_err();
+                assert!(invalid.error.starts_with("spec.timeout") && invalid.metadata.uid.as_deref() == Some(uid));
+            }
         }
     }
 

@@ -2,9 +2,10 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::model::{Slot, Subject};
+use super::model::Slot;
+use crate::api::Sweeper;
 use crate::api::condition::{self, ConditionType};
-use crate::api::status::{AuditLogSweeperStatus, LastSweep, Outcome, Trigger, whole_seconds};
+use crate::api::status::{LastSweep, Outcome, Trigger, whole_seconds};
 
 /// What is to be done now.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,22 +29,18 @@ pub enum Decision {
 const FUTURE: TimeDelta = TimeDelta::minutes(1);
 
 /// What is to be done at `now`. `not_before` is what the process remembers: no sweep before that.
-pub fn decide(
-    now: DateTime<Utc>,
-    subject: &Subject,
-    status: &AuditLogSweeperStatus,
-    not_before: Option<DateTime<Utc>>,
-) -> Decision {
-    if subject.deleted {
+pub fn decide(now: DateTime<Utc>, sweeper: &Sweeper, not_before: Option<DateTime<Utc>>) -> Decision {
+    if sweeper.is_deleted() {
         return Decision::Wait(None);
     }
-    let observed = status.observed_generation == Some(subject.generation);
-    let request = subject.request.clone().filter(|request| status.last_handled_request.as_ref() != Some(request));
-    if subject.spec.suspend {
+    let status = &sweeper.status;
+    let observed = status.observed_generation == Some(sweeper.generation());
+    let request = sweeper.request().filter(|request| status.last_handled_request.as_deref() != Some(request));
+    if sweeper.spec.suspend {
         let said = condition::is_true(&status.conditions, ConditionType::Suspended);
         return if said && observed && request.is_none() { Decision::Wait(None) } else { Decision::Suspend };
     }
-    let next = status.next_schedule_time.filter(|next| plausible(*next, now, subject));
+    let next = status.next_schedule_time.filter(|next| plausible(*next, now, sweeper));
     if observed
         && (next != status.next_schedule_time || status.last_attempt_time.is_some_and(|last| last - now > FUTURE))
     {
@@ -56,8 +53,8 @@ pub fn decide(
         return Decision::Preflight;
     }
     // Without a next one, as when resumed, the slot after the last attempt is the one that may be overdue.
-    let next = next.or_else(|| last_attempt.filter(|_| !ends_a_failure).map(|last| subject.grid().after(last, last)));
-    let due = next.max(not_before.filter(|time| plausible(*time, now, subject))).unwrap_or(now);
+    let next = next.or_else(|| last_attempt.filter(|_| !ends_a_failure).map(|last| sweeper.grid().after(last, last)));
+    let due = next.max(not_before.filter(|time| plausible(*time, now, sweeper))).unwrap_or(now);
     let is_due = due <= now || ends_a_failure;
     if !observed && !is_due {
         return Decision::Preflight;
@@ -65,26 +62,27 @@ pub fn decide(
     if !observed && status.last_attempt_time.is_none() {
         return Decision::Acknowledge;
     }
-    let decision = if is_due { due_now(now, subject, status, due) } else { Decision::Wait(Some(due)) };
+    let decision = if is_due { due_now(now, sweeper, due) } else { Decision::Wait(Some(due)) };
     match (decision, request) {
-        (Decision::Sweep(slot), answers) => Decision::Sweep(Slot { answers, ..slot }),
+        (Decision::Sweep(slot), answers) => Decision::Sweep(Slot { answers: answers.map(str::to_owned), ..slot }),
         (_, Some(request)) => Decision::Sweep(Slot {
             schedule_time: whole_seconds(now),
             trigger: Trigger::Request,
-            limit: subject.spec.limit.into(),
+            limit: sweeper.spec.limit.into(),
             continues: None,
-            answers: Some(request),
+            answers: Some(request.to_owned()),
         }),
         (decision, None) => decision,
     }
 }
 
 /// What is due when something is.
-fn due_now(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus, due: DateTime<Utc>) -> Decision {
+fn due_now(now: DateTime<Utc>, sweeper: &Sweeper, due: DateTime<Utc>) -> Decision {
+    let status = &sweeper.status;
     // A failed preflight is followed by another one; only the slot itself brings a sweep.
-    let observed = status.observed_generation == Some(subject.generation);
+    let observed = status.observed_generation == Some(sweeper.generation());
     let last_sweep_stands = status.last_sweep.as_ref().is_some_and(|last| !is_unfinished(last));
-    let before_the_slot = |last: DateTime<Utc>| now < subject.grid().after(last, last);
+    let before_the_slot = |last: DateTime<Utc>| now < sweeper.grid().after(last, last);
     if observed
         && status.consecutive_failures > 0
         && last_sweep_stands
@@ -92,12 +90,12 @@ fn due_now(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus
     {
         return Decision::Preflight;
     }
-    sweep(now, subject, status, due)
+    sweep(now, sweeper, due)
 }
 
 /// Whether a time can be one of the object's next slots: none is further away than one period and a half.
-fn plausible(time: DateTime<Utc>, now: DateTime<Utc>, subject: &Subject) -> bool {
-    time - now <= TimeDelta::milliseconds(subject.spec.period.as_millis()) * 3 / 2
+fn plausible(time: DateTime<Utc>, now: DateTime<Utc>, sweeper: &Sweeper) -> bool {
+    time - now <= TimeDelta::milliseconds(sweeper.spec.period.as_millis()) * 3 / 2
 }
 
 /// Whether a later attempt continues this one: it failed, or was stopped with the operator.
@@ -105,9 +103,10 @@ fn is_unfinished(last: &LastSweep) -> bool {
     matches!(last.outcome, Outcome::Failed | Outcome::Stopped)
 }
 
-fn sweep(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus, due: DateTime<Utc>) -> Decision {
-    let grid = subject.grid();
-    let limit = i64::from(subject.spec.limit);
+fn sweep(now: DateTime<Utc>, sweeper: &Sweeper, due: DateTime<Utc>) -> Decision {
+    let status = &sweeper.status;
+    let grid = sweeper.grid();
+    let limit = i64::from(sweeper.spec.limit);
     let continues = status
         .last_sweep
         .as_ref()
@@ -116,7 +115,7 @@ fn sweep(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus, 
     if let Some(last) = continues {
         // The status may have been edited.
         let left = limit - last.timed_out.clamp(0, limit);
-        if left == 0 && status.observed_generation != Some(subject.generation) {
+        if left == 0 && status.observed_generation != Some(sweeper.generation()) {
             return Decision::Preflight;
         }
         if left == 0 {
@@ -144,13 +143,13 @@ fn sweep(now: DateTime<Utc>, subject: &Subject, status: &AuditLogSweeperStatus, 
 
 #[cfg(test)]
 mod tests {
-    use crate::api::Failure;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
     use serde_json::json;
 
     use super::*;
-    use crate::api::Class;
-    use crate::api::Reason;
-    use crate::controller::model::Update;
+    use crate::api::status::AuditLogSweeperStatus;
+    use crate::api::{Class, Failure, Reason};
+    use crate::controller::model::{AttemptResult, Done, SweepAttempt};
     use crate::preflight::Checked;
     use crate::sweep::Report;
     use crate::sweep::report::Ended;
@@ -159,55 +158,70 @@ mod tests {
         DateTime::from_timestamp(1_800_000_000 + second, 0).unwrap()
     }
 
-    fn subject(generation: i64, spec: serde_json::Value) -> Subject {
-        let mut whole = json!({ "database": { "secretRef": { "name": "db" } } });
-        whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
-        let uid = "0f8fad5b-d9cb-469f-a165-70867728950e".into();
-        Subject { uid, generation, request: None, deleted: false, spec: serde_json::from_value(whole).unwrap() }
+    fn sweeper(generation: i64, spec: serde_json::Value) -> Sweeper {
+        let mut sweeper = Sweeper::with(spec);
+        sweeper.metadata.generation = Some(generation);
+        sweeper
     }
 
-    fn done(timed_out: i64) -> Result<Report, Failure> {
-        Ok(Report { timed_out, ended: Some(Ended::Drained), ..Report::default() })
+    fn decide(
+        now: DateTime<Utc>,
+        sweeper: &Sweeper,
+        status: &AuditLogSweeperStatus,
+        not_before: Option<DateTime<Utc>>,
+    ) -> Decision {
+        super::decide(now, &sweeper.with_status(status), not_before)
     }
 
-    fn failed() -> Result<Report, Failure> {
-        let message = "gone".into();
-        Err(Failure { reason: Reason::DatabaseUnreachable, message, class: Class::Transient })
+    fn done(timed_out: i64) -> Report {
+        Report { timed_out, ..Report::new(Ok(Ended::Drained)) }
+    }
+
+    fn failure() -> Failure {
+        Failure { reason: Reason::DatabaseUnreachable, message: "gone".into(), class: Class::Transient }
+    }
+
+    fn failed() -> Report {
+        Report::new(Err(failure()))
     }
 
     /// What the controller would do with this decision, taking `seconds`; the status that follows.
     fn act(
         decision: Decision,
-        subject: &Subject,
+        sweeper: &Sweeper,
         status: &AuditLogSweeperStatus,
         now: DateTime<Utc>,
         seconds: i64,
-        result: Result<Report, Failure>,
+        report: Report,
     ) -> AuditLogSweeperStatus {
-        let end = now + TimeDelta::seconds(seconds);
-        let update = match decision {
-            Decision::Acknowledge => Update::Acknowledged { now },
-            Decision::Suspend => Update::Suspended { now },
-            Decision::Repair => Update::Repaired { now },
-            Decision::Preflight => Update::Preflight { now, result: Ok(Checked::default()) },
-            Decision::Sweep(slot) => Update::Sweep { slot, start: now, end, result: Box::new(result), checked: None },
+        let done = match decision {
+            Decision::Acknowledge => Done::Acknowledged,
+            Decision::Suspend => Done::Suspended,
+            Decision::Repair => Done::Repaired,
+            Decision::Preflight => Done::Preflight(Ok(Checked::default())),
+            Decision::Sweep(slot) => Done::Sweep(Box::new(SweepAttempt { slot, start: now, checked: None, report })),
             Decision::Wait(_) => return status.clone(),
         };
-        update.apply(subject, status)
+        let time = now + TimeDelta::seconds(seconds);
+        AttemptResult { sweeper: sweeper.clone(), done, time, led: true }.apply(status)
     }
 
-    fn swept_once(subject: &Subject) -> AuditLogSweeperStatus {
+    fn swept_once(sweeper: &Sweeper) -> AuditLogSweeperStatus {
         let new = AuditLogSweeperStatus { observed_generation: Some(-1), ..Default::default() };
-        assert_eq!(decide(at(0), subject, &new, None), Decision::Acknowledge);
-        let seen = act(Decision::Acknowledge, subject, &new, at(0), 0, done(0));
-        let decision = decide(at(0), subject, &seen, None);
+        assert_eq!(decide(at(0), sweeper, &new, None), Decision::Acknowledge);
+        let seen = act(Decision::Acknowledge, sweeper, &new, at(0), 0, done(0));
+        let decision = decide(at(0), sweeper, &seen, None);
         assert!(matches!(&decision, Decision::Sweep(slot) if slot.trigger == Trigger::Create), "{decision:?}");
-        act(decision, subject, &seen, at(0), 1, done(0))
+        act(decision, sweeper, &seen, at(0), 1, done(0))
     }
 
     #[test]
     fn nothing_begins_for_an_object_that_is_being_deleted() {
-        let deleted = |spec| Subject { deleted: true, request: Some("now".into()), ..subject(1, spec) };
+        let deleted = |spec| {
+            let mut sweeper = sweeper(1, spec).requested("now");
+            sweeper.metadata.deletion_timestamp = Some(Time(Default::default()));
+            sweeper
+        };
         let due = AuditLogSweeperStatus {
             observed_generation: Some(1),
             next_schedule_time: Some(at(0)),
@@ -221,50 +235,47 @@ mod tests {
 
     #[test]
     fn a_new_object_is_acknowledged_then_swept_then_waits_for_its_slot() {
-        let subject = subject(1, json!({}));
-        let status = swept_once(&subject);
+        let sweeper = sweeper(1, json!({}));
+        let status = swept_once(&sweeper);
         let next = status.next_schedule_time.unwrap();
-        assert_eq!(decide(at(2), &subject, &status, None), Decision::Wait(Some(next)));
-        let Decision::Sweep(slot) = decide(next, &subject, &status, None) else { panic!("not due at its slot") };
+        assert_eq!(decide(at(2), &sweeper, &status, None), Decision::Wait(Some(next)));
+        let Decision::Sweep(slot) = decide(next, &sweeper, &status, None) else { panic!("not due at its slot") };
         assert_eq!((slot.schedule_time, slot.trigger, slot.limit), (next, Trigger::Schedule, 1000));
     }
 
     #[test]
     fn however_long_it_was_down_it_sweeps_once_for_the_latest_slot() {
-        let subject = subject(1, json!({}));
-        let status = swept_once(&subject);
+        let sweeper = sweeper(1, json!({}));
+        let status = swept_once(&sweeper);
         let late = at(100 * 600);
-        let decision = decide(late, &subject, &status, None);
+        let decision = decide(late, &sweeper, &status, None);
         let Decision::Sweep(slot) = &decision else { panic!("{decision:?}") };
         assert!(late - slot.schedule_time < TimeDelta::seconds(600));
-        let status = act(decision, &subject, &status, late, 1, done(0));
-        assert!(matches!(decide(late + TimeDelta::seconds(2), &subject, &status, None), Decision::Wait(Some(_))));
+        let status = act(decision, &sweeper, &status, late, 1, done(0));
+        assert!(matches!(decide(late + TimeDelta::seconds(2), &sweeper, &status, None), Decision::Wait(Some(_))));
     }
 
     #[test]
     fn what_is_remembered_holds_an_old_status_back() {
-        let subject = subject(1, json!({}));
-        let status = swept_once(&subject);
+        let sweeper = sweeper(1, json!({}));
+        let status = swept_once(&sweeper);
         let next = status.next_schedule_time.unwrap();
-        let remembered = subject.grid().next(next);
-        assert_eq!(decide(next, &subject, &status, Some(remembered)), Decision::Wait(Some(remembered)));
+        let remembered = sweeper.grid().next(next);
+        assert_eq!(decide(next, &sweeper, &status, Some(remembered)), Decision::Wait(Some(remembered)));
     }
 
     #[test]
     fn a_retry_continues_its_slot_with_what_is_left_of_the_limit() {
-        let subject = subject(1, json!({ "limit": 10 }));
-        let status = swept_once(&subject);
+        let sweeper = sweeper(1, json!({ "limit": 10 }));
+        let status = swept_once(&sweeper);
         let slot_time = status.next_schedule_time.unwrap();
-        let report = || {
-            let error = Some(crate::database::Error::Timer { what: "a statement", after: std::time::Duration::ZERO });
-            Ok(Report { timed_out: 4, batches: 1, error, ..Report::default() })
-        };
-        let status = act(decide(slot_time, &subject, &status, None), &subject, &status, slot_time, 1, report());
+        let report = || Report { timed_out: 4, batches: 1, ..failed() };
+        let status = act(decide(slot_time, &sweeper, &status, None), &sweeper, &status, slot_time, 1, report());
         let retry = status.next_schedule_time.unwrap();
         assert!(retry - slot_time < TimeDelta::seconds(15), "{retry}");
-        let Decision::Sweep(slot) = decide(retry, &subject, &status, None) else { panic!("no retry") };
+        let Decision::Sweep(slot) = decide(retry, &sweeper, &status, None) else { panic!("no retry") };
         assert_eq!((slot.schedule_time, slot.limit), (slot_time, 6));
-        let status = act(Decision::Sweep(slot), &subject, &status, retry, 1, done(6));
+        let status = act(Decision::Sweep(slot), &sweeper, &status, retry, 1, done(6));
         let last = status.last_sweep.unwrap();
         assert_eq!((last.timed_out, last.attempts, last.batches), (10, 2, 1));
         assert_eq!(status.totals.unwrap().timed_out, 10);
@@ -272,32 +283,31 @@ mod tests {
 
     #[test]
     fn a_failed_sweep_that_used_its_limit_up_is_done_with_its_slot() {
-        let subject = subject(1, json!({ "limit": 4 }));
-        let status = swept_once(&subject);
+        let sweeper = sweeper(1, json!({ "limit": 4 }));
+        let status = swept_once(&sweeper);
         let slot_time = status.next_schedule_time.unwrap();
-        let error = Some(crate::database::Error::Answer("x"));
-        let report = Ok(Report { timed_out: 4, error, ..Report::default() });
-        let status = act(decide(slot_time, &subject, &status, None), &subject, &status, slot_time, 1, report);
-        assert_eq!(status.next_schedule_time, Some(subject.grid().next(slot_time)));
+        let report = Report { timed_out: 4, ..failed() };
+        let status = act(decide(slot_time, &sweeper, &status, None), &sweeper, &status, slot_time, 1, report);
+        assert_eq!(status.next_schedule_time, Some(sweeper.grid().next(slot_time)));
     }
 
     #[test]
     fn edits_are_looked_at_and_only_an_overdue_resume_or_the_end_of_a_failure_sweeps() {
-        let first = subject(1, json!({}));
+        let first = sweeper(1, json!({}));
         let status = swept_once(&first);
-        let edited = subject(2, json!({ "limit": 5 }));
+        let edited = sweeper(2, json!({ "limit": 5 }));
         assert_eq!(decide(at(5), &edited, &status, None), Decision::Preflight);
-        let shorter = subject(2, json!({ "period": "5s" }));
+        let shorter = sweeper(2, json!({ "period": "5s" }));
         assert_eq!(decide(at(1), &shorter, &status, None), Decision::Preflight);
         let status_after = act(Decision::Preflight, &shorter, &status, at(1), 0, done(0));
         let next = status_after.next_schedule_time.unwrap();
         assert!(next > at(2) && next <= at(8), "{next}");
 
-        let suspended = subject(2, json!({ "suspend": true }));
+        let suspended = sweeper(2, json!({ "suspend": true }));
         assert_eq!(decide(at(5), &suspended, &status, None), Decision::Suspend);
         let paused = act(Decision::Suspend, &suspended, &status, at(5), 0, done(0));
         assert_eq!(decide(at(5000), &suspended, &paused, None), Decision::Wait(None));
-        let resumed = subject(3, json!({}));
+        let resumed = sweeper(3, json!({}));
         assert_eq!(decide(at(10), &resumed, &paused, None), Decision::Preflight);
         assert!(matches!(decide(at(5000), &resumed, &paused, None), Decision::Sweep(_)));
 
@@ -308,12 +318,12 @@ mod tests {
 
     #[test]
     fn a_failed_preflight_is_followed_by_another_and_not_by_a_second_sweep() {
-        let first = subject(1, json!({ "period": "24h" }));
+        let first = sweeper(1, json!({ "period": "24h" }));
         let status = swept_once(&first);
-        let edited = subject(2, json!({ "period": "24h", "table": "nowhere" }));
+        let edited = sweeper(2, json!({ "period": "24h", "table": "nowhere" }));
         assert_eq!(decide(at(60), &edited, &status, None), Decision::Preflight);
-        let result = failed().map(|_| Checked::default());
-        let status = Update::Preflight { now: at(60), result }.apply(&edited, &status);
+        let broken = Done::Preflight(Err(failure()));
+        let status = AttemptResult { sweeper: edited.clone(), done: broken, time: at(60), led: true }.apply(&status);
         let retry = status.next_schedule_time.unwrap();
         assert!(retry < at(75), "{retry}");
         // What the process remembers is what it last wrote.
@@ -325,27 +335,27 @@ mod tests {
 
     #[test]
     fn a_stopped_sweep_goes_on_at_once_with_what_is_left() {
-        let subject = subject(1, json!({ "limit": 10 }));
-        let status = swept_once(&subject);
+        let sweeper = sweeper(1, json!({ "limit": 10 }));
+        let status = swept_once(&sweeper);
         let slot = status.next_schedule_time.unwrap();
-        let stopped = Ok(Report { timed_out: 3, ended: Some(Ended::Stopped), ..Report::default() });
+        let stopped = Report { timed_out: 3, ..Report::new(Ok(Ended::Stopped)) };
         let before = status.conditions.clone();
-        let status = act(decide(slot, &subject, &status, None), &subject, &status, slot, 1, stopped);
+        let status = act(decide(slot, &sweeper, &status, None), &sweeper, &status, slot, 1, stopped);
         assert_eq!(status.conditions, before);
         let later = slot + TimeDelta::seconds(5);
-        let Decision::Sweep(next) = decide(later, &subject, &status, None) else { panic!("it should go on") };
+        let Decision::Sweep(next) = decide(later, &sweeper, &status, None) else { panic!("it should go on") };
         assert_eq!((next.schedule_time, next.limit), (slot, 7));
     }
 
     #[test]
     fn a_status_that_was_edited_cannot_raise_the_limit_or_panic() {
-        let subject = subject(1, json!({ "limit": 50 }));
-        let mut status = swept_once(&subject);
+        let sweeper = sweeper(1, json!({ "limit": 50 }));
+        let mut status = swept_once(&sweeper);
         for timed_out in [-1_000_000, i64::MIN, i64::MAX] {
             let last = status.last_sweep.as_mut().unwrap();
             (last.outcome, last.timed_out) = (Outcome::Failed, timed_out);
             status.next_schedule_time = Some(at(2));
-            match decide(at(3), &subject, &status, None) {
+            match decide(at(3), &sweeper, &status, None) {
                 Decision::Sweep(slot) => assert_eq!(slot.limit, 50),
                 other => assert!(matches!(other, Decision::Wait(_)), "{other:?}"),
             }
@@ -354,16 +364,16 @@ mod tests {
 
     #[test]
     fn a_time_that_no_slot_can_have_does_not_stop_the_schedule() {
-        let subject = subject(1, json!({}));
-        let good = swept_once(&subject);
+        let sweeper = sweeper(1, json!({}));
+        let good = swept_once(&sweeper);
         for (next, last) in
             [(at(10_000_000), Some(at(0))), (at(10_000_000), Some(at(20_000_000))), (at(10_000_000), None)]
         {
             let mut status = good.clone();
             (status.next_schedule_time, status.last_attempt_time) = (Some(next), last);
-            assert_eq!(decide(at(0), &subject, &status, None), Decision::Repair, "{next} {last:?}");
-            status = act(Decision::Repair, &subject, &status, at(0), 0, done(0));
-            let swept = (0..1200).any(|s| match decide(at(s), &subject, &status, None) {
+            assert_eq!(decide(at(0), &sweeper, &status, None), Decision::Repair, "{next} {last:?}");
+            status = act(Decision::Repair, &sweeper, &status, at(0), 0, done(0));
+            let swept = (0..1200).any(|s| match decide(at(s), &sweeper, &status, None) {
                 Decision::Sweep(_) => true,
                 Decision::Wait(_) => false,
                 other => panic!("{other:?}"),
@@ -377,12 +387,12 @@ mod tests {
         for seed in 0..100 {
             let mut random = fastrand::Rng::with_seed(seed);
             let period = [5, 60, 600, 3600][random.usize(0..4)];
-            let subject = subject(1, json!({ "period": format!("{period}s") }));
-            let mut status = swept_once(&subject);
+            let sweeper = sweeper(1, json!({ "period": format!("{period}s") }));
+            let mut status = swept_once(&sweeper);
             let (mut now, mut last, mut excused) = (at(1), at(0), TimeDelta::zero());
             let (mut remembered, mut crashed) = (None, false);
             for _ in 0..200 {
-                match decide(now, &subject, &status, remembered) {
+                match decide(now, &sweeper, &status, remembered) {
                     Decision::Wait(Some(next)) => {
                         assert!(next > now, "seed {seed}: a wait until the past is a busy loop");
                         // Woken by something else now and then, or down for a while.
@@ -405,7 +415,7 @@ mod tests {
                         let seconds = random.i64(0..period * 2);
                         (last, excused) = (now, TimeDelta::seconds(seconds));
                         let result = if random.u8(0..4) == 0 { failed() } else { done(1) };
-                        let new = act(Decision::Sweep(slot), &subject, &status, now, seconds, result);
+                        let new = act(Decision::Sweep(slot), &sweeper, &status, now, seconds, result);
                         remembered = new.next_schedule_time;
                         now += TimeDelta::seconds(seconds);
                         match random.u8(0..8) {

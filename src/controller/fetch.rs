@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::ListParams;
-use kube::{Api, ResourceExt};
+use kube::{Api, Resource, ResourceExt};
 
+use super::Context;
 use super::client::{ApiError, ApiServer, text};
 use super::model::Fetched;
-use crate::api::Failure;
-use crate::api::{AuditLogSweeper, Reason};
+use crate::api::{Failure, Reason, Sweeper};
 use crate::credentials::{self, Credentials, CredentialsError};
 use crate::database::Target;
 use crate::telemetry::metrics::Operation;
@@ -33,15 +34,18 @@ pub async fn object(server: &ApiServer, namespace: &str, name: &str) -> Result<O
     Ok(object)
 }
 
+/// The object to work on, as it is now. None: it is gone, replaced, invalid, or for others; the watch will tell.
+pub async fn sweeper(context: &Context, watched: &ObjectMeta) -> Result<Option<Sweeper>, ApiError> {
+    let [namespace, name] = [&watched.namespace, &watched.name].map(|part| part.as_deref().unwrap_or_default());
+    let fetched = selected(context, namespace, name).await?.filter(|fetched| fetched.meta().uid == watched.uid);
+    Ok(fetched.and_then(|fetched| context.cache.validate(&fetched).ok()))
+}
+
 /// The same, but None also if it is not one of those that the label selector names. The API server judges, in its own
 /// words for selectors.
-pub async fn selected(
-    server: &ApiServer,
-    namespace: &str,
-    name: &str,
-    selector: Option<&str>,
-) -> Result<Option<Fetched>, ApiError> {
-    let Some(selector) = selector else { return object(server, namespace, name).await };
+pub async fn selected(context: &Context, namespace: &str, name: &str) -> Result<Option<Fetched>, ApiError> {
+    let Context { server, settings, .. } = context;
+    let Some(selector) = &settings.selector else { return object(server, namespace, name).await };
     let api: Api<Fetched> = Api::namespaced(server.client.clone(), namespace);
     let one = ListParams::default().labels(selector).fields(&format!("metadata.name={name}"));
     let mut object = server.within(Operation::GetObject, api.list(&one)).await?.items.pop();
@@ -52,11 +56,10 @@ pub async fn selected(
 /// Where the object's database is, from the Secrets as they are now, and the resourceVersions of those.
 pub async fn target(
     server: &ApiServer,
-    namespace: &str,
-    object: &AuditLogSweeper,
+    sweeper: &Sweeper,
     default_roots: &Arc<rustls::RootCertStore>,
 ) -> Result<(Target, Vec<String>), Failure> {
-    let database = &object.spec.database;
+    let (database, namespace) = (&sweeper.spec.database, sweeper.namespace());
     let (mut secrets, mut versions) = (BTreeMap::new(), vec![]);
     for name in credentials::names(database) {
         let secret = secret(server, namespace, name).await?;
@@ -65,7 +68,7 @@ pub async fn target(
     }
     let credentials = Credentials::read(database, namespace, &secrets, None)?;
     let mode = database.tls.as_ref().and_then(|tls| tls.mode);
-    let application_name = format!("audit-log-sweeper/{namespace}/{}", object.name_any());
+    let application_name = format!("audit-log-sweeper/{namespace}/{}", sweeper.name());
     let target = Target::new(&credentials, mode, default_roots, &application_name);
     Ok((target.map_err(|error| Failure::from(&error))?, versions))
 }

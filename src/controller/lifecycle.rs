@@ -6,14 +6,15 @@ use std::pin::pin;
 use std::time::Duration;
 
 use futures::FutureExt;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
 use kube::runtime::reflector::{ObjectRef, Store};
-use kube::{Resource, ResourceExt};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::model::Fetched;
-use crate::api::{AuditLogSweeper, Failure, Reason};
+use crate::api::{Failure, Reason};
 
 /// How often it looks at what the watch has seen, which costs no request.
 const LOOK: Duration = Duration::from_millis(250);
@@ -24,7 +25,7 @@ pub type Stores = [Store<Fetched>];
 /// Waits for some work that is done for an object, and cancels `stop`, at which it ends, when the object leaves.
 pub async fn run_while_owned<T>(
     stores: &Stores,
-    object: &AuditLogSweeper,
+    object: &ObjectMeta,
     stop: &CancellationToken,
     work: impl Future<Output = T>,
 ) -> T {
@@ -33,14 +34,14 @@ pub async fn run_while_owned<T>(
         done = &mut work => return done,
         () = has_left(stores, object) => {}
     }
-    let (namespace, name) = (object.namespace(), object.name_any());
+    let (namespace, name) = (&object.namespace, &object.name);
     info!(namespace, name, "deleted, replaced, or labelled for others: ending what is being done for it");
     stop.cancel();
     work.await
 }
 
 /// Waits until the object has left. Never looks at once: right after a change the watch may lag behind.
-async fn has_left(stores: &Stores, object: &AuditLogSweeper) {
+async fn has_left(stores: &Stores, object: &ObjectMeta) {
     loop {
         sleep(LOOK).await;
         if !is_there(stores, object) {
@@ -49,10 +50,11 @@ async fn has_left(stores: &Stores, object: &AuditLogSweeper) {
     }
 }
 
-fn is_there(stores: &Stores, object: &AuditLogSweeper) -> bool {
-    let key = ObjectRef::new(&object.name_any()).within(&object.namespace().unwrap_or_default());
+fn is_there(stores: &Stores, object: &ObjectMeta) -> bool {
+    let key = ObjectRef::new(object.name.as_deref().unwrap_or_default())
+        .within(object.namespace.as_deref().unwrap_or_default());
     stores.iter().filter_map(|store| store.get(&key)).any(|seen| {
-        let (seen, object) = (seen.meta(), object.meta());
+        let seen = seen.meta();
         seen.uid == object.uid && seen.deletion_timestamp.is_none()
     })
 }
@@ -77,7 +79,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::api::Class;
+    use crate::api::{AuditLogSweeper, Class};
 
     fn object(metadata: serde_json::Value) -> AuditLogSweeper {
         let mut whole = json!({ "name": "app", "namespace": "n", "uid": "1" });
@@ -97,7 +99,7 @@ mod tests {
             let mut writer = Writer::default();
             writer.apply_watcher_event(&Event::Apply(seen(json!({}))));
             writer.apply_watcher_event(&event);
-            is_there(&[reflector::store().0, writer.as_reader()], &object(json!({})))
+            is_there(&[reflector::store().0, writer.as_reader()], &object(json!({})).metadata)
         };
         assert!(!stays_after(Event::Delete(seen(json!({})))), "deleted, or labelled for others");
         assert!(!stays_after(Event::InitDone), "a list that is without it");
@@ -117,12 +119,12 @@ mod tests {
             tokio::task::yield_now().await;
             7
         };
-        assert_eq!(run_while_owned(&[], &object(json!({})), &stop, work).await, 7);
+        assert_eq!(run_while_owned(&[], &object(json!({})).metadata, &stop, work).await, 7);
         let (store, mut writer) = reflector::store();
         writer.apply_watcher_event(&Event::Apply(seen(json!({}))));
         let stop = CancellationToken::new();
         let work = timeout(LOOK * 2, stop.cancelled());
-        assert!(run_while_owned(&[store], &object(json!({})), &stop, work).await.is_err(), "it is there");
+        assert!(run_while_owned(&[store], &object(json!({})).metadata, &stop, work).await.is_err(), "it is there");
     }
 
     #[tokio::test]

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_util::sync::CancellationToken;
 
 use crate::sweep::throttle::Peers;
 
@@ -32,18 +31,10 @@ struct Server {
     started: Arc<AtomicU64>,
 }
 
-/// A permit for one server, and what server that is.
-#[derive(Debug)]
-pub struct ServerPermit {
-    server: String,
-    /// Given back when dropped.
-    _permit: OwnedSemaphorePermit,
-}
-
 /// A permit, and whether it had to be waited for: then what was true before may no longer be.
 #[derive(Debug)]
-pub struct Acquired<T> {
-    pub permit: T,
+pub struct Acquired {
+    pub permit: OwnedSemaphorePermit,
     pub waited: bool,
 }
 
@@ -60,40 +51,24 @@ impl Limiter {
     }
 
     /// Waits for a permit of a server, in the order of arrival. Dropping the future leaves the queue.
-    pub async fn acquire_server(&self, server: &str) -> Option<Acquired<ServerPermit>> {
+    pub async fn acquire_server(&self, server: &str) -> Option<OwnedSemaphorePermit> {
         let Server { semaphore, waiting, .. } = self.server(server);
-        let Acquired { permit, waited } = acquire(semaphore, &waiting).await?;
-        Some(Acquired { permit: ServerPermit { server: server.to_owned(), _permit: permit }, waited })
+        acquire(semaphore, &waiting).await.map(|acquired| acquired.permit)
     }
 
     /// Whether `permit` is one of the server's, or becomes one at once. Gives another back: who holds one and waits for
     /// another may wait for ever.
-    pub fn try_acquire_server(&self, server: &str, permit: &mut Option<ServerPermit>) -> bool {
-        if permit.as_ref().is_none_or(|permit| !permit.is_for(server)) {
+    pub fn try_acquire_server(&self, server: &str, permit: &mut Option<OwnedSemaphorePermit>) -> bool {
+        let semaphore = self.server(server).semaphore;
+        if permit.as_ref().is_none_or(|permit| !Arc::ptr_eq(permit.semaphore(), &semaphore)) {
             drop(permit.take());
-            let taken = self.server(server).semaphore.try_acquire_owned().ok();
-            *permit = taken.map(|permit| ServerPermit { server: server.to_owned(), _permit: permit });
+            *permit = semaphore.try_acquire_owned().ok();
         }
         permit.is_some()
     }
 
-    /// Waits until `permit` is one of the server's: what was true before may no longer be. False: it is stopped before.
-    pub async fn acquire_server_unless_stopped(
-        &self,
-        server: &str,
-        permit: &mut Option<ServerPermit>,
-        stop: &CancellationToken,
-    ) -> bool {
-        let granted = tokio::select! {
-            granted = self.acquire_server(server) => granted,
-            () = stop.cancelled() => None,
-        };
-        *permit = granted.map(|granted| granted.permit);
-        permit.is_some()
-    }
-
     /// Waits for one of the permits for all, in the order of arrival.
-    pub async fn acquire_global(&self) -> Option<Acquired<OwnedSemaphorePermit>> {
+    pub async fn acquire_global(&self) -> Option<Acquired> {
         acquire(self.all.clone(), &self.waiting).await
     }
 
@@ -121,15 +96,8 @@ impl Limiter {
     }
 }
 
-impl ServerPermit {
-    /// Whether it is one of that server's.
-    pub fn is_for(&self, server: &str) -> bool {
-        self.server == server
-    }
-}
-
 /// Only a closed semaphore refuses, and nobody closes these.
-async fn acquire(semaphore: Arc<Semaphore>, waiting: &AtomicUsize) -> Option<Acquired<OwnedSemaphorePermit>> {
+async fn acquire(semaphore: Arc<Semaphore>, waiting: &AtomicUsize) -> Option<Acquired> {
     if let Ok(permit) = semaphore.clone().try_acquire_owned() {
         return Some(Acquired { permit, waited: false });
     }
@@ -165,43 +133,25 @@ mod tests {
     async fn servers_do_not_wait_for_one_another_and_each_has_its_bound() {
         let limiter = Limiter::new(1, 2);
         let (first, _second) = (limiter.acquire_server("a").await.unwrap(), limiter.acquire_server("a").await.unwrap());
-        assert!(!first.waited && first.permit.is_for("a") && !first.permit.is_for("b"));
         let third = limiter.acquire_server("a");
         tokio::pin!(third);
         assert!(timeout(Duration::from_millis(10), &mut third).await.is_err());
-        assert!(!limiter.acquire_server("b").await.unwrap().waited);
+        assert!(limiter.acquire_server("b").await.is_some());
         drop(first);
-        assert!(third.await.unwrap().waited);
+        assert!(third.await.is_some());
     }
 
     #[tokio::test]
-    async fn a_permit_is_given_back_before_another_is_waited_for_and_a_stop_ends_the_wait() {
-        let (limiter, stop) = (Limiter::new(1, 1), CancellationToken::new());
+    async fn a_permit_of_another_server_or_kind_is_given_back() {
+        let (sweeps, preflights) = (Limiter::new(1, 1), Limiter::new(1, 1));
         let mut permit = None;
-        assert!(limiter.try_acquire_server("a", &mut permit));
-        assert!(limiter.try_acquire_server("a", &mut permit));
-        let other = limiter.acquire_server("b").await.unwrap();
-        assert!(!limiter.try_acquire_server("b", &mut permit) && permit.is_none());
-        let waiting = async {
-            assert!(
-                limiter.acquire_server_unless_stopped("b", &mut permit, &stop).await
-                    && permit.is_some_and(|permit| permit.is_for("b"))
-            );
-        };
-        tokio::pin!(waiting);
-        assert!(timeout(Duration::from_millis(10), &mut waiting).await.is_err());
-        assert!(!limiter.acquire_server("a").await.unwrap().waited);
-        drop(other);
-        waiting.await;
-        let (mut none, stopped) = (None, CancellationToken::new());
-        stopped.cancel();
-        assert!(limiter.try_acquire_server("b", &mut none));
-        let mut queued = None;
-        assert!(
-            !limiter.try_acquire_server("b", &mut queued)
-                && !limiter.acquire_server_unless_stopped("b", &mut queued, &stopped).await
-                && queued.is_none()
-        );
+        assert!(sweeps.try_acquire_server("a", &mut permit));
+        assert!(sweeps.try_acquire_server("a", &mut permit), "it is the server's already");
+        let _other = sweeps.acquire_server("b").await.unwrap();
+        assert!(!sweeps.try_acquire_server("b", &mut permit) && permit.is_none());
+        assert!(sweeps.try_acquire_server("a", &mut permit), "the first was given back");
+        assert!(preflights.try_acquire_server("a", &mut permit));
+        assert!(timeout(Duration::from_secs(1), sweeps.acquire_server("a")).await.unwrap().is_some());
     }
 
     #[tokio::test]
@@ -233,15 +183,15 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_overtakes_who_waits() {
-        let (limiter, stop) = (Limiter::new(1, 1), CancellationToken::new());
-        let (mut first, mut second, mut third) = (None, None, None);
+        let limiter = Limiter::new(1, 1);
+        let (mut first, mut third) = (None, None);
         assert!(limiter.try_acquire_server("a", &mut first));
-        let waiting = limiter.acquire_server_unless_stopped("a", &mut second, &stop);
+        let waiting = limiter.acquire_server("a");
         tokio::pin!(waiting);
         assert!(timeout(Duration::from_millis(10), &mut waiting).await.is_err());
         drop(first);
         assert!(!limiter.try_acquire_server("a", &mut third));
-        assert!(waiting.await);
+        assert!(waiting.await.is_some());
     }
 
     #[tokio::test]

@@ -4,14 +4,13 @@ use std::borrow::Cow;
 
 use chrono::{DateTime, Utc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
 use kube::core::error_boundary::InvalidObject;
-use kube::{Resource, ResourceExt};
 use serde::de::{Deserialize, Deserializer, Error};
 use serde_json::Value;
 
-use crate::api::request::{MAX_REQUEST, REQUESTED_AT};
 use crate::api::status::{LastSweep, Trigger};
-use crate::api::{AuditLogSweeper, AuditLogSweeperSpec, Failure, cut, validate};
+use crate::api::{AuditLogSweeper, Failure, Sweeper, validate};
 use crate::preflight::{Checked, Finding};
 use crate::schedule::Grid;
 use crate::sweep::Report;
@@ -63,39 +62,10 @@ impl Resource for Fetched {
     }
 }
 
-/// The object that something happened to: the spec and generation that were acted upon.
-#[derive(Clone, Debug)]
-pub struct Subject {
-    pub uid: String,
-    pub generation: i64,
-    pub spec: AuditLogSweeperSpec,
-    /// The value of the annotation that asks for a sweep now, as far as it is looked at.
-    pub request: Option<String>,
-    /// Whether it is being deleted, and only some finalizer keeps it.
-    pub deleted: bool,
-}
-
-impl Subject {
-    /// The subject that an object is.
-    pub fn new(object: &AuditLogSweeper) -> Self {
-        Self {
-            uid: object.metadata.uid.clone().unwrap_or_default(),
-            generation: object.metadata.generation.unwrap_or_default(),
-            spec: object.spec.clone(),
-            request: object.annotations().get(REQUESTED_AT).map(|value| cut(value, MAX_REQUEST).to_owned()),
-            deleted: object.metadata.deletion_timestamp.is_some(),
-        }
-    }
-
+impl Sweeper {
     /// The slots of its schedule.
     pub fn grid(&self) -> Grid {
-        Grid::new(&self.uid, self.spec.period.as_std())
-    }
-}
-
-impl From<&crate::database::Error> for Failure {
-    fn from(error: &crate::database::Error) -> Self {
-        Self { class: error.class(), ..Self::new(error.reason(), error.to_string()) }
+        Grid::new(self.uid(), self.spec.period.as_std())
     }
 }
 
@@ -121,50 +91,55 @@ pub struct Slot {
     pub answers: Option<String>,
 }
 
-/// Something that happened, from which the next status is computed; again on top of another status if that was
-/// written meanwhile.
+/// What was done for an object. The next status follows from it, also on top of a status that others wrote meanwhile.
 #[derive(Debug)]
-pub enum Update {
-    /// The spec was seen and is being tried.
-    Acknowledged { now: DateTime<Utc> },
-    /// The spec says suspend.
-    Suspended { now: DateTime<Utc> },
-    /// A time in the status was one that no sweep can have.
-    Repaired { now: DateTime<Utc> },
-    /// A preflight ended.
-    Preflight { now: DateTime<Utc>, result: Result<Checked, Failure> },
-    /// An attempt at a sweep ended. With what a preflight before it found, if there was one.
-    Sweep {
-        slot: Slot,
-        start: DateTime<Utc>,
-        end: DateTime<Utc>,
-        result: Box<Result<Report, Failure>>,
-        checked: Option<Checked>,
-    },
-}
-
-/// An update on its way to the status.
-#[derive(Debug)]
-pub struct Pending {
-    /// The object that it came from.
-    pub base: AuditLogSweeper,
+pub struct AttemptResult {
     /// What was acted upon.
-    pub subject: Subject,
-    /// What came of it.
-    pub update: Update,
-    /// Whether this replica still led when it was over. After a freeze past the term, only the counts are published.
+    pub sweeper: Sweeper,
+    pub done: Done,
+    /// When it was over.
+    pub time: DateTime<Utc>,
+    /// Whether this replica still led then. After a freeze past the term, only the counts are published.
     pub led: bool,
 }
 
-impl Pending {
+/// What that was.
+#[derive(Debug)]
+pub enum Done {
+    /// The spec was seen and is being tried.
+    Acknowledged,
+    /// The spec says suspend.
+    Suspended,
+    /// A time in the status was one that no sweep can have.
+    Repaired,
+    /// A preflight.
+    Preflight(Result<Checked, Failure>),
+    /// One attempt at a sweep.
+    Sweep(Box<SweepAttempt>),
+}
+
+/// One attempt at the sweep of a slot.
+#[derive(Clone, Debug)]
+pub struct SweepAttempt {
+    pub slot: Slot,
+    pub start: DateTime<Utc>,
+    /// What a preflight before it found, if there was one.
+    pub checked: Option<Checked>,
+    pub report: Report,
+}
+
+impl AttemptResult {
+    /// The attempt at a sweep, if it is about one.
+    pub fn sweep(&self) -> Option<&SweepAttempt> {
+        match &self.done {
+            Done::Sweep(attempt) => Some(attempt),
+            _ => None,
+        }
+    }
+
     /// Rows that were swept, and rows of which that is not known.
     pub fn rows(&self) -> (i64, i64) {
-        match &self.update {
-            Update::Sweep { result, .. } => {
-                result.as_ref().as_ref().map_or((0, 0), |report| (report.timed_out, report.uncertain))
-            }
-            _ => (0, 0),
-        }
+        self.sweep().map_or((0, 0), |attempt| (attempt.report.timed_out, attempt.report.uncertain))
     }
 
     pub fn has_rows(&self) -> bool {

@@ -3,27 +3,19 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 
-use crate::api::Failure;
-
 use super::decide::{Decision, decide};
-use super::model::Slot;
-use super::model::{Subject, Update};
+use super::model::{AttemptResult, Done, Slot, SweepAttempt};
 use super::status::events::events;
-use crate::api::Class;
-use crate::api::Reason;
 use crate::api::status::{AuditLogSweeperStatus, Trigger};
+use crate::api::{Class, Failure, Reason, Sweeper};
 use crate::preflight::Checked;
 use crate::sweep::Report;
 use crate::sweep::report::Ended;
 
-fn subject(uid: u64, period: i64) -> Subject {
-    let spec = json!({ "database": { "secretRef": { "name": "db" } }, "period": format!("{period}s"), "limit": 10 });
-    let spec = serde_json::from_value(spec).unwrap();
-    Subject { uid: format!("0f8fad5b-d9cb-469f-a165-{uid:012x}"), generation: 1, spec, request: None, deleted: false }
-}
-
-fn quiet() -> Result<Report, Failure> {
-    Ok(Report { ended: Some(Ended::Drained), ..Report::default() })
+fn sweeper(uid: u64, period: i64) -> Sweeper {
+    let mut sweeper = Sweeper::with(json!({ "period": format!("{period}s"), "limit": 10 }));
+    sweeper.metadata.uid = Some(format!("0f8fad5b-d9cb-469f-a165-{uid:012x}"));
+    sweeper
 }
 
 fn failed(class: Class) -> Failure {
@@ -35,8 +27,8 @@ fn failed(class: Class) -> Failure {
 struct World {
     random: fastrand::Rng,
     now: DateTime<Utc>,
-    subject: Subject,
-    status: AuditLogSweeperStatus,
+    /// With its status.
+    sweeper: Sweeper,
     remembered: Option<DateTime<Utc>>,
     /// How many attempts in a hundred fail.
     failing: u8,
@@ -61,12 +53,12 @@ impl World {
         let mut random = fastrand::Rng::with_seed(seed);
         let now = DateTime::from_timestamp(1_800_000_000 + random.i64(0..1_000_000), 0).unwrap();
         let status = AuditLogSweeperStatus { observed_generation: Some(-1), ..Default::default() };
-        let subject = subject(random.u64(..1 << 40), period);
-        Self { random, now, subject, status, remembered: None, failing: 0, class: None, written: 0, told: vec![] }
+        let sweeper = sweeper(random.u64(..1 << 40), period).with_status(&status);
+        Self { random, now, sweeper, remembered: None, failing: 0, class: None, written: 0, told: vec![] }
     }
 
     fn decide(&self) -> Decision {
-        decide(self.now, &self.subject, &self.status, self.remembered)
+        decide(self.now, &self.sweeper, self.remembered)
     }
 
     /// Does what is due until nothing is; the sweeps that began. Each takes up to `longest` seconds.
@@ -74,25 +66,24 @@ impl World {
         let mut begun = vec![];
         for _ in 0..20 {
             let now = self.now;
-            let update = match self.decide() {
+            let done = match self.decide() {
                 Decision::Wait(next) => {
                     assert!(next.is_none_or(|next| next > now), "a wait until the past is a busy loop");
                     return begun;
                 }
-                Decision::Acknowledge => Update::Acknowledged { now },
-                Decision::Suspend => Update::Suspended { now },
-                Decision::Repair => Update::Repaired { now },
+                Decision::Acknowledge => Done::Acknowledged,
+                Decision::Suspend => Done::Suspended,
+                Decision::Repair => Done::Repaired,
                 Decision::Preflight => {
                     let fails = self.random.u8(0..100) < self.failing;
-                    let result = if fails { Err(failed(Class::Transient)) } else { Ok(Checked::default()) };
-                    Update::Preflight { now, result }
+                    Done::Preflight(if fails { Err(failed(Class::Transient)) } else { Ok(Checked::default()) })
                 }
                 Decision::Sweep(slot) => {
                     let end = now + TimeDelta::seconds(self.random.i64(0..=longest));
                     let fails = self.random.u8(0..100) < self.failing;
                     let class = if self.random.bool() { Class::Transient } else { Class::Missing };
                     let class = self.class.unwrap_or(class);
-                    let result = Box::new(if fails { Err(failed(class)) } else { quiet() });
+                    let report = Report::new(if fails { Err(failed(class)) } else { Ok(Ended::Drained) });
                     let (trigger, schedule_time) = (slot.trigger, slot.schedule_time);
                     begun.push(Begun {
                         at: now,
@@ -102,16 +93,26 @@ impl World {
                         failed: fails,
                     });
                     self.now = end;
-                    Update::Sweep { slot, start: now, end, result, checked: None }
+                    Done::Sweep(Box::new(SweepAttempt { slot, start: now, checked: None, report }))
                 }
             };
-            let new = update.apply(&self.subject, &self.status);
-            self.told.extend(events(&update, &self.status, &new).iter().map(|event| event.reason));
+            let result = AttemptResult { sweeper: self.sweeper.clone(), done, time: self.now, led: true };
+            let new = result.apply(&self.sweeper.status);
+            self.told.extend(events(&result, &self.sweeper.status, &new).iter().map(|event| event.reason));
             self.written += 1;
             self.remembered = new.next_schedule_time;
-            self.status = new;
+            self.sweeper.status = new;
         }
         panic!("never settles: {:?}", self.decide());
+    }
+
+    /// An edit.
+    fn suspend(&mut self, suspend: bool) {
+        self.sweeper = self.sweeper.edited(|spec| spec.suspend = suspend);
+    }
+
+    fn request(&mut self, request: &str) {
+        self.sweeper = self.sweeper.clone().requested(request);
     }
 
     /// Goes on to the time at which something is due.
@@ -141,7 +142,7 @@ fn ten_thousand_periods_do_not_drift_and_quiet_ones_write_once_and_tell_nothing(
         assert!(slots.windows(2).all(|pair| pair[1] - pair[0] == period), "period {period} s");
         assert_eq!(world.written - written, 10_000, "one write for each sweep");
         assert_eq!(world.told, [""; 0], "nothing happened");
-        assert_eq!((world.status.history.len(), world.status.history[0].count), (2, 10_000));
+        assert_eq!((world.sweeper.status.history.len(), world.sweeper.status.history[0].count), (2, 10_000));
     }
 }
 
@@ -155,7 +156,7 @@ fn sweeps_are_never_too_near_and_never_too_far_apart_in_any_course_of_events() {
         // Without it being able to run: suspended, or no operator.
         let mut idle_since = world.now;
         for step in 0..60 {
-            let before = (world.status.clone(), world.remembered, world.status.consecutive_failures);
+            let before = (world.sweeper.status.clone(), world.remembered, world.sweeper.status.consecutive_failures);
             for begun in world.settle(period / 3) {
                 if let Some(last) = &last {
                     let gap = begun.at - last.at;
@@ -171,15 +172,15 @@ fn sweeps_are_never_too_near_and_never_too_far_apart_in_any_course_of_events() {
             match world.random.u8(0..20) {
                 // Killed before the status was written: what it did runs once more.
                 0 => {
-                    (world.status, world.remembered, excuse) = (before.0, None, true);
+                    (world.sweeper.status, world.remembered, excuse) = (before.0, None, true);
                     idle_since = world.now;
                 }
                 // A new process.
                 1 => world.remembered = None,
                 // An edit, of the period too.
                 2 => {
-                    world.subject.generation += 1;
-                    world.subject.spec.limit = world.random.i32(1..100);
+                    let limit = world.random.i32(1..100);
+                    world.sweeper = world.sweeper.edited(|spec| spec.limit = limit);
                 }
                 // Down for a while.
                 3 => {
@@ -189,17 +190,18 @@ fn sweeps_are_never_too_near_and_never_too_far_apart_in_any_course_of_events() {
                 }
                 // Suspended for a while.
                 4 => {
-                    world.subject.generation += 1;
-                    world.subject.spec.suspend = true;
+                    world.suspend(true);
                     assert!(world.settle(0).is_empty());
                     world.now += TimeDelta::seconds(world.random.i64(0..period * 3));
-                    world.subject.generation += 1;
-                    world.subject.spec.suspend = false;
+                    world.suspend(false);
                     idle_since = world.now;
                 }
-                5 => world.subject.request = Some(world.random.u64(..).to_string()),
+                5 => {
+                    let request = world.random.u64(..).to_string();
+                    world.request(&request);
+                }
                 // A hand, or a clock.
-                6 => world.status.next_schedule_time = Some(world.now + TimeDelta::seconds(period * 10)),
+                6 => world.sweeper.status.next_schedule_time = Some(world.now + TimeDelta::seconds(period * 10)),
                 7 => {
                     let jump = TimeDelta::seconds(world.random.i64(60..period * 3 + 120));
                     (world.now, excuse) = (world.now - jump, true);
@@ -223,8 +225,8 @@ fn a_restart_at_any_moment_changes_nothing() {
             world.settle(period / 3);
             for second in [0, 1, period / 3, period / 2, period] {
                 let now = world.now + TimeDelta::seconds(second);
-                let old = decide(now, &world.subject, &world.status, world.remembered);
-                assert_eq!(decide(now, &world.subject, &world.status, None), old, "seed {seed}");
+                let old = decide(now, &world.sweeper, world.remembered);
+                assert_eq!(decide(now, &world.sweeper, None), old, "seed {seed}");
             }
             world.advance();
         }
@@ -236,42 +238,42 @@ fn every_request_is_one_sweep_and_moves_nothing_when_it_fails() {
     for seed in 0..500 {
         let mut world = World::new(seed, 600);
         // On creation the first sweep answers it.
-        world.subject.request = Some("first".into());
+        world.request("first");
         let begun = world.settle(5);
         assert_eq!((begun.len(), begun[0].trigger), (1, Trigger::Create));
-        assert_eq!(world.status.last_handled_request.as_deref(), Some("first"));
+        assert_eq!(world.sweeper.status.last_handled_request.as_deref(), Some("first"));
         for request in 0..10 {
             world.now += TimeDelta::seconds(world.random.i64(1..50));
             world.settle(5);
-            let (next, failures) = (world.status.next_schedule_time, world.status.consecutive_failures);
+            let (next, failures) = (world.sweeper.status.next_schedule_time, world.sweeper.status.consecutive_failures);
             world.failing = world.random.choice([0, 100]).unwrap();
-            world.subject.request = Some(request.to_string());
+            world.request(&request.to_string());
             let asked = world.now;
             let begun = world.settle(0);
             assert_eq!(begun.len(), 1, "seed {seed}: {begun:?}");
             assert_eq!((begun[0].trigger, begun[0].at), (Trigger::Request, asked));
-            assert_eq!(world.status.last_handled_request, Some(request.to_string()));
+            assert_eq!(world.sweeper.status.last_handled_request, Some(request.to_string()));
             if world.failing > 0 {
-                assert_eq!(world.status.consecutive_failures, failures + 1);
+                assert_eq!(world.sweeper.status.consecutive_failures, failures + 1);
                 if failures > 0 {
-                    assert_eq!(world.status.next_schedule_time, next, "seed {seed}: it moves no retry");
+                    assert_eq!(world.sweeper.status.next_schedule_time, next, "seed {seed}: it moves no retry");
                 } else {
                     // It is the first failure, and is retried as any is.
-                    let retry = world.status.next_schedule_time.unwrap();
+                    let retry = world.sweeper.status.next_schedule_time.unwrap();
                     assert!(retry <= asked + TimeDelta::seconds(70) && Some(retry) <= next, "seed {seed}: {retry}");
                 }
             } else {
-                assert_eq!(world.status.consecutive_failures, 0);
+                assert_eq!(world.sweeper.status.consecutive_failures, 0);
             }
         }
         // While suspended it is answered, and forgotten.
         world.failing = 0;
-        (world.subject.spec.suspend, world.subject.generation) = (true, 2);
+        world.suspend(true);
         assert!(world.settle(0).is_empty());
-        world.subject.request = Some("in vain".into());
+        world.request("in vain");
         assert!(world.settle(0).is_empty());
-        assert_eq!(world.status.last_handled_request.as_deref(), Some("in vain"));
-        (world.subject.spec.suspend, world.subject.generation) = (false, 3);
+        assert_eq!(world.sweeper.status.last_handled_request.as_deref(), Some("in vain"));
+        world.suspend(false);
         // The last request may have failed; its rest is swept, as of any sweep.
         assert!(world.settle(0).iter().all(|begun| begun.trigger != Trigger::Request || begun.retry));
     }
@@ -297,23 +299,24 @@ fn events_tell_of_changes_alone() {
     assert_eq!(world.told, ["SweepFailed", "SweepFailed", "Recovered"]);
     world.told.clear();
 
-    (world.subject.spec.suspend, world.subject.generation) = (true, 2);
+    world.suspend(true);
     world.settle(0);
-    world.subject.request = Some("1".into());
+    world.request("1");
     world.settle(0);
-    (world.subject.spec.suspend, world.subject.generation) = (false, 3);
+    world.suspend(false);
     world.settle(0);
-    world.subject.request = Some("2".into());
+    world.request("2");
     world.settle(0);
-    world.status.next_schedule_time = Some(world.now + TimeDelta::days(100));
+    world.sweeper.status.next_schedule_time = Some(world.now + TimeDelta::days(100));
     world.settle(0);
     assert_eq!(world.told, ["Suspended", "SweepRequested", "Resumed", "SweepRequested", "ScheduleRepaired"]);
 }
 
 #[test]
 fn a_status_tells_which_outcomes_it_has_so_that_none_is_counted_twice() {
-    let (subject, old) = (subject(1, 600), AuditLogSweeperStatus::default());
+    let (sweeper, old) = (sweeper(1, 600), AuditLogSweeperStatus::default());
     let at = |second| DateTime::from_timestamp(second, 0).unwrap();
+    let result = |done| AttemptResult { sweeper: sweeper.clone(), done, time: at(1_000_000), led: true };
     let sweep = |start: i64, timed_out: i64, request: &str| {
         let slot = Slot {
             schedule_time: at(1_000_000),
@@ -322,16 +325,16 @@ fn a_status_tells_which_outcomes_it_has_so_that_none_is_counted_twice() {
             continues: None,
             answers: Some(request.into()),
         };
-        let report = Report { timed_out, ended: Some(Ended::Drained), ..Report::default() };
-        Update::Sweep { slot, start: at(start), end: at(start), result: Box::new(Ok(report)), checked: None }
+        let report = Report { timed_out, ..Report::new(Ok(Ended::Drained)) };
+        result(Done::Sweep(Box::new(SweepAttempt { slot, start: at(start), checked: None, report })))
     };
     let ours = sweep(1_000_000, 7, "a");
-    assert!(!ours.is_in(&subject, &old));
-    let written = ours.apply(&subject, &old);
-    assert!(ours.is_in(&subject, &written));
+    assert!(!ours.is_in(&old));
+    let written = ours.apply(&old);
+    assert!(ours.is_in(&written));
     // Another at the same time, that came to another number, or for another request, is another.
     for other in [sweep(1_000_001, 7, "a"), sweep(1_000_000, 8, "a"), sweep(1_000_000, 7, "b")] {
-        assert!(!other.is_in(&subject, &written), "{other:?}");
+        assert!(!other.is_in(&written), "{other:?}");
     }
-    assert!(!Update::Repaired { now: at(1_000_000) }.is_in(&subject, &written));
+    assert!(!result(Done::Repaired).is_in(&written));
 }

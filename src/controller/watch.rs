@@ -80,14 +80,14 @@ impl Scope {
             .controller
             .graceful_shutdown_on(stop.cancelled_owned())
             .reconcile_all_on(terms)
-            .run(reconcile::reconcile, |_, error, _| match *error {}, context.clone())
+            .run(reconcile::reconcile, reconcile::error_policy, context.clone())
             .for_each({
                 let failed = failed.clone();
                 move |result| {
                     match result {
-                        // Its turn came after it was deleted.
-                        Ok(_) | Err(controller::Error::ObjectNotFound(_)) => {}
-                        // Reconciles do not fail; what comes here is the watch.
+                        // Its turn came after it was deleted, or the error policy saw to it.
+                        Ok(_) | Err(controller::Error::ObjectNotFound(_) | controller::Error::ReconcilerFailed(..)) => {
+                        }
                         Err(error) => {
                             warn!(error = text(&error), "cannot watch AuditLogSweepers; trying again");
                             context.server.instruments.api_request_failed(Operation::Watch);

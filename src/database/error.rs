@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_postgres::error::{DbError, Severity};
 
-use crate::api::{Class, Reason};
+use crate::api::{Class, Failure, Reason};
 
 /// What can end a sweep early.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +154,12 @@ pub enum Recovery {
     Bisect,
     /// This attempt is over.
     End,
+}
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Self {
+        Self { class: error.class(), ..Self::new(error.reason(), error.to_string()) }
+    }
 }
 
 impl Error {

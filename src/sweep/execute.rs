@@ -16,6 +16,7 @@ use super::report::Ended;
 use super::statement::{self, Batch, Cursor, Start};
 use super::throttle::{self, Peers, Throttle};
 use super::{Plan, Report};
+use crate::api::Failure;
 use crate::api::spec::Mode;
 use crate::api::status::Backlog;
 use crate::database::error::{Recovery, Step};
@@ -92,39 +93,34 @@ impl Connected {
 
 /// Makes one attempt. Never fails as such: the report counts what was committed, and holds the error if there was one.
 pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
-    match connect(job, stop).await {
-        Ok(connected) => run(connected, job, stop).await,
-        Err(report) => *report,
-    }
+    let start = Instant::now();
+    let end = match stop.run_until_cancelled(connect(job)).await {
+        Some(Ok(connected)) => return run(connected, job, stop).await,
+        Some(Err(failure)) => Err(failure),
+        None => Ok(Ended::Stopped),
+    };
+    Report { duration: start.elapsed(), ..Report::new(end) }
 }
 
 /// The first half of an attempt: connects.
 ///
 /// # Errors
-/// The report of an attempt that came no further.
-pub async fn connect(job: &Job, stop: &CancellationToken) -> Result<Connected, Box<Report>> {
+/// Why an attempt came no further.
+pub async fn connect(job: &Job) -> Result<Connected, Failure> {
     let start = Instant::now();
-    let connected = tokio::select! {
-        session = job.target.connect(job.plan.deadline) => session.map_err(|error| (None, Some(error))),
-        () = stop.cancelled() => Err((Some(Ended::Stopped), None)),
-    };
-    connected
-        .map(|session| Connected { session, start })
-        .map_err(|(ended, error)| Box::new(Report { ended, error, duration: start.elapsed(), ..Report::default() }))
+    let session = job.target.connect(job.plan.deadline).await.map_err(|error| Failure::from(&error))?;
+    Ok(Connected { session, start })
 }
 
 /// The second half: sweeps, with the report that [`sweep`] gives.
 pub async fn run(connected: Connected, job: &Job, stop: &CancellationToken) -> Report {
     let start = connected.start;
-    let mut report = Report::default();
-    let ended = tokio::select! {
-        ended = sweep_with(connected, job, stop, &mut report) => ended,
+    let mut report = Report::new(Ok(Ended::Stopped));
+    let end = tokio::select! {
+        end = sweep_with(connected, job, stop, &mut report) => end,
         () = cancel::overdue(stop) => Ok(Ended::Stopped),
     };
-    match ended {
-        Ok(ended) => report.ended = Some(ended),
-        Err(error) => report.error = Some(error),
-    }
+    report.end = end.map_err(|error| Failure::from(&error));
     report.duration = start.elapsed();
     report
 }

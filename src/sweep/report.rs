@@ -5,11 +5,11 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use super::statement::Cursor;
+use crate::api::Failure;
 use crate::api::status::{Backlog, Outcome};
-use crate::database::Error;
 
 /// The counts of one attempt, and how it ended.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Report {
     /// Rows that started before were stale; None when the database was not reached.
     pub cutoff: Option<DateTime<Utc>>,
@@ -37,15 +37,13 @@ pub struct Report {
     pub database_time: Option<(DateTime<Utc>, Duration)>,
     /// Stale rows left; None when they could not be counted.
     pub backlog: Option<Backlog>,
-    /// How the attempt ended, where it ended without an error.
-    pub ended: Option<Ended>,
-    /// What ended it otherwise.
-    pub error: Option<Error>,
+    /// How the attempt ended. What was counted before a failure stays counted.
+    pub end: Result<Ended, Failure>,
     /// How long it took.
     pub duration: Duration,
 }
 
-/// How an attempt without an error ended.
+/// How an attempt that did not fail ended.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Ended {
     Drained,
@@ -56,15 +54,36 @@ pub enum Ended {
 }
 
 impl Report {
+    /// An attempt that ended before it counted anything.
+    pub const fn new(end: Result<Ended, Failure>) -> Self {
+        Self {
+            cutoff: None,
+            timed_out: 0,
+            skipped: 0,
+            suppressed: 0,
+            uncertain: 0,
+            batches: 0,
+            small_batches: 0,
+            refused: 0,
+            refused_ids: vec![],
+            refused_why: None,
+            resume_after: None,
+            database_time: None,
+            backlog: None,
+            end,
+            duration: Duration::ZERO,
+        }
+    }
+
     /// How it ended, for the status.
     pub const fn outcome(&self) -> Outcome {
-        match (&self.error, self.ended) {
-            (None, Some(Ended::Drained)) => Outcome::Drained,
-            (None, Some(Ended::LimitReached)) => Outcome::LimitReached,
-            (None, Some(Ended::DeadlineReached)) => Outcome::DeadlineReached,
-            (None, Some(Ended::Stopped)) => Outcome::Stopped,
-            (None, Some(Ended::Observed)) => Outcome::Observed,
-            _ => Outcome::Failed,
+        match self.end {
+            Ok(Ended::Drained) => Outcome::Drained,
+            Ok(Ended::LimitReached) => Outcome::LimitReached,
+            Ok(Ended::DeadlineReached) => Outcome::DeadlineReached,
+            Ok(Ended::Stopped) => Outcome::Stopped,
+            Ok(Ended::Observed) => Outcome::Observed,
+            Err(_) => Outcome::Failed,
         }
     }
 

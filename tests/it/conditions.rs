@@ -1,12 +1,9 @@
 //! Every situation that the status knows, through the code that the operator runs: the whole list of conditions, what
 //! tools of the kstatus kind conclude from it, and what Argo CD's health check does.
 
-use audit_log_sweeper::api::Failure;
-
-use audit_log_sweeper::api::status::AuditLogSweeperStatus;
-use audit_log_sweeper::api::{AuditLogSweeper, Reason};
-use audit_log_sweeper::controller::model::Slot;
-use audit_log_sweeper::controller::model::{Subject, Update};
+use audit_log_sweeper::api::status::{AuditLogSweeperStatus, Backlog, Trigger};
+use audit_log_sweeper::api::{AuditLogSweeper, Failure, Reason, Sweeper};
+use audit_log_sweeper::controller::model::{AttemptResult, Done, Slot, SweepAttempt};
 use audit_log_sweeper::controller::status::invalid;
 use audit_log_sweeper::preflight::Checked;
 use audit_log_sweeper::sweep::Report;
@@ -21,30 +18,31 @@ fn at(second: i64) -> DateTime<Utc> {
     DateTime::from_timestamp(1_800_000_000 + second, 0).unwrap()
 }
 
-fn subject() -> Subject {
-    let spec = serde_json::from_value(json!({ "database": { "secretRef": { "name": "db" } } })).unwrap();
-    Subject { uid: "0f8fad5b-d9cb-469f-a165-70867728950e".into(), generation: 3, spec, request: None, deleted: false }
+fn result(done: Done, time: DateTime<Utc>) -> AttemptResult {
+    let object = json!({
+        "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper",
+        "metadata": { "name": "app", "uid": "0f8fad5b-d9cb-469f-a165-70867728950e", "generation": 3 },
+        "spec": { "database": { "secretRef": { "name": "db" } } },
+    });
+    let sweeper = Sweeper::new(serde_json::from_value(object).unwrap()).unwrap();
+    AttemptResult { sweeper, done, time, led: true }
 }
 
-fn swept(ended: Ended, second: i64) -> Update {
-    let report = Report {
-        ended: Some(ended),
-        cutoff: Some(at(second)),
-        backlog: Some(audit_log_sweeper::api::status::Backlog::new(0, 1000, None)),
-        ..Report::default()
-    };
-    sweep(Ok(report), second)
+fn swept(ended: Ended, second: i64) -> AttemptResult {
+    let (cutoff, backlog) = (Some(at(second)), Some(Backlog::new(0, 1000, None)));
+    sweep(Report { cutoff, backlog, ..Report::new(Ok(ended)) }, second)
 }
 
-fn failed(reason: Reason, second: i64) -> Update {
-    sweep(Err(Failure::new(reason, "what to do")), second)
+fn failed(reason: Reason, second: i64) -> AttemptResult {
+    sweep(Report::new(Err(Failure::new(reason, "what to do"))), second)
 }
 
-fn sweep(result: Result<Report, Failure>, second: i64) -> Update {
-    let trigger = audit_log_sweeper::api::status::Trigger::Schedule;
-    let slot = Slot { schedule_time: at(second), trigger, limit: 1000, continues: None, answers: None };
-    let (start, end) = (at(second), at(second) + TimeDelta::seconds(1));
-    Update::Sweep { slot, start, end, result: Box::new(result), checked: Some(Checked::default()) }
+fn sweep(report: Report, second: i64) -> AttemptResult {
+    let (schedule_time, trigger) = (at(second), Trigger::Schedule);
+    let slot = Slot { schedule_time, trigger, limit: 1000, continues: None, answers: None };
+    let checked = Some(Checked::default());
+    let attempt = SweepAttempt { slot, start: at(second), checked, report };
+    result(Done::Sweep(Box::new(attempt)), at(second) + TimeDelta::seconds(1))
 }
 
 /// What a tool should take the object for.
@@ -66,8 +64,7 @@ struct Situation {
 fn situations() -> Vec<Situation> {
     use Health::{Current, Failed, InProgress};
     let new = AuditLogSweeperStatus { observed_generation: Some(-1), ..Default::default() };
-    let after =
-        |updates: &[Update]| updates.iter().fold(new.clone(), |status, update| update.apply(&subject(), &status));
+    let after = |results: &[AttemptResult]| results.iter().fold(new.clone(), |status, result| result.apply(&status));
     let quiet = swept(Ended::Drained, 0);
     let good = || after(&[swept(Ended::Drained, 0)]);
     let with = |name, status, conditions: &[&'static str], kstatus, argo| Situation {
@@ -97,7 +94,7 @@ fn situations() -> Vec<Situation> {
         with("never seen", new.clone(), &[], InProgress, "Progressing"),
         with(
             "seen",
-            after(&[Update::Acknowledged { now: at(0) }]),
+            after(&[result(Done::Acknowledged, at(0))]),
             &[
                 "Ready=Unknown/Pending",
                 "Reconciling=True/Pending",
@@ -109,7 +106,7 @@ fn situations() -> Vec<Situation> {
             InProgress,
             "Progressing",
         ),
-        with("swept", quiet.apply(&subject(), &new), &healthy("Ready=True/Swept"), Current, "Healthy"),
+        with("swept", quiet.apply(&new), &healthy("Ready=True/Swept"), Current, "Healthy"),
         with(
             "limit reached",
             after(&[swept(Ended::LimitReached, 0)]),
@@ -127,21 +124,21 @@ fn situations() -> Vec<Situation> {
         with("observed", after(&[swept(Ended::Observed, 0)]), &healthy("Ready=True/Observed"), Current, "Healthy"),
         with(
             "stopped with the operator: what was said stands",
-            swept(Ended::Stopped, 600).apply(&subject(), &good()),
+            swept(Ended::Stopped, 600).apply(&good()),
             &healthy("Ready=True/Swept"),
             Current,
             "Healthy",
         ),
         with(
             "preflight passed",
-            Update::Preflight { now: at(5), result: Ok(Checked::default()) }.apply(&subject(), &good()),
+            result(Done::Preflight(Ok(Checked::default())), at(5)).apply(&good()),
             &healthy("Ready=True/SchemaReady"),
             Current,
             "Healthy",
         ),
         with(
             "unreachable",
-            failed(Reason::DatabaseUnreachable, 600).apply(&subject(), &good()),
+            failed(Reason::DatabaseUnreachable, 600).apply(&good()),
             &failing(
                 "Ready=False/DatabaseUnreachable",
                 "Reconciling=True/Retrying",
@@ -153,7 +150,7 @@ fn situations() -> Vec<Situation> {
         ),
         with(
             "busy",
-            failed(Reason::TableLocked, 600).apply(&subject(), &good()),
+            failed(Reason::TableLocked, 600).apply(&good()),
             &failing(
                 "Ready=False/TableLocked",
                 "Reconciling=True/Retrying",
@@ -189,7 +186,7 @@ fn situations() -> Vec<Situation> {
         ),
         with(
             "a table is missing",
-            failed(Reason::TableNotFound, 600).apply(&subject(), &good()),
+            failed(Reason::TableNotFound, 600).apply(&good()),
             &failing(
                 "Ready=False/TableNotFound",
                 "Reconciling=True/Retrying",
@@ -213,7 +210,7 @@ fn situations() -> Vec<Situation> {
         ),
         with(
             "suspended",
-            Update::Suspended { now: at(5) }.apply(&subject(), &good()),
+            result(Done::Suspended, at(5)).apply(&good()),
             &[
                 "Ready=True/Suspended",
                 "DatabaseReachable=Unknown/Suspended",
@@ -243,7 +240,7 @@ fn situations() -> Vec<Situation> {
 
 /// The object with this status, as the API server gives it.
 fn object(status: &AuditLogSweeperStatus) -> Value {
-    let mut object = AuditLogSweeper::new("app", subject().spec);
+    let mut object = AuditLogSweeper::new("app", (*result(Done::Repaired, at(0)).sweeper.spec).clone());
     object.metadata.generation = Some(3);
     object.status = Some(status.clone());
     json!(object)

@@ -6,6 +6,7 @@ use chrono::Utc;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use support::wait::eventually;
+use tokio::net::TcpListener;
 
 use crate::fixtures::operator::{RELEASE, WAIT_TIMEOUT, allow, replica};
 use crate::fixtures::{AuditTable, Operator};
@@ -138,4 +139,29 @@ async fn an_object_that_goes_to_another_install_while_it_waits_for_its_turn_is_l
     operator.until("last", "its sweep", |s| s["lastSweep"] != Value::Null).await;
     let moved = json!(operator.api().get("moves").await.unwrap().status);
     assert_eq!((log.timed_out().await, &moved["lastSweep"]), (vec![1, 2], &Value::Null), "{moved:#}");
+}
+
+#[tokio::test]
+async fn an_object_that_leaves_while_it_connects_is_left_as_it_is() {
+    let (log, mut operator) = (AuditTable::new().await, Operator::absent().await);
+    operator.secret_for(&log).await;
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let uri = format!("postgresql://u:p@{}/d", silent.local_addr().unwrap());
+    operator.secret("silent", &[("uri", &uri)]).await;
+    operator.start_with(&["--selector=shard=a"]).await;
+    let database = json!({ "secretRef": { "name": "silent" }, "tls": { "mode": "Disable" } });
+    operator.apply("moves", json!({ "database": database, "period": "1h" })).await;
+    label(&operator, "moves", "a").await;
+    let connection = tokio::time::timeout(WAIT_TIMEOUT, silent.accept()).await.unwrap().unwrap();
+    label(&operator, "moves", "b").await;
+    eventually("it to be left", WAIT_TIMEOUT, async || {
+        if operator.log().contains("labelled for others") { Ok(()) } else { Err(operator.log()) }
+    })
+    .await;
+    operator.apply("stays", json!({ "period": "1h" })).await;
+    label(&operator, "stays", "a").await;
+    operator.until("stays", "its sweep", |s| s["lastSweep"] != Value::Null).await;
+    let moved = json!(operator.api().get("moves").await.unwrap().status);
+    assert_eq!((&moved["lastSweep"], &moved["totals"]), (&Value::Null, &Value::Null), "{moved:#}");
+    drop(connection);
 }

@@ -168,7 +168,7 @@ async fn accepted_specs_get_the_same_defaults_from_the_api_server_and_the_cli() 
         let read = manifest::read(&object.to_string()).unwrap_or_else(|error| panic!("{fields}: {error}"));
         // Through our types, so that what is not written there shows too.
         let stored: AuditLogSweeperSpec = serde_json::from_value(stored.data["spec"].clone()).unwrap();
-        assert_eq!(stored, read.sweeper.spec, "{fields}");
+        assert_eq!(stored, *read.sweeper.spec, "{fields}");
     }
 }
 

@@ -2,48 +2,33 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use crate::api::Failure;
-
 use super::conditions::{self, healthy};
-use crate::api::Class;
-use crate::api::Reason;
 use crate::api::condition::{self, ConditionType, ConditionUpdate};
 use crate::api::status::{
     AuditLogSweeperStatus, HistoryEntry, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger, Unsweepable,
     remember, whole_seconds,
 };
-use crate::controller::model::{Slot, Subject};
-use crate::preflight::Checked;
+use crate::api::{Class, Failure, Reason, Sweeper};
+use crate::controller::model::SweepAttempt;
 use crate::sweep::Report;
 use crate::sweep::execute::NAMED;
+use crate::sweep::report::Ended;
 
 /// So many failures, and so long, until a missing Secret, table or grant counts as nobody's passing trouble.
 const STALL_THRESHOLD: (i32, TimeDelta) = (5, TimeDelta::minutes(5));
 
-/// An attempt at a sweep.
-pub(super) struct Attempt<'a> {
-    pub subject: &'a Subject,
-    pub slot: &'a Slot,
-    pub start: DateTime<Utc>,
-    pub end: DateTime<Utc>,
-    pub result: &'a Result<Report, Failure>,
-    pub checked: Option<&'a Checked>,
-}
-
-impl Attempt<'_> {
+impl SweepAttempt {
     /// Adds what it counted to the sums.
-    pub fn add_totals(&self, status: &mut AuditLogSweeperStatus) {
-        let failed = self.result.as_ref().map_or(true, |report| report.error.is_some());
+    pub(super) fn add_totals(&self, status: &mut AuditLogSweeperStatus) {
         let totals = status.totals.get_or_insert_with(Totals::default);
         totals.sweeps = totals.sweeps.saturating_add(1);
-        totals.failures = totals.failures.saturating_add(i64::from(failed));
-        totals.timed_out = totals.timed_out.saturating_add(self.result.as_ref().map_or(0, |report| report.timed_out));
+        totals.failures = totals.failures.saturating_add(i64::from(self.report.end.is_err()));
+        totals.timed_out = totals.timed_out.saturating_add(self.report.timed_out);
     }
 
     /// Whether it is the last that the status knows of.
-    pub fn is_in(&self, status: &AuditLogSweeperStatus) -> bool {
-        let empty = Report::default();
-        let ours = self.last_sweep(self.result.as_ref().unwrap_or(&empty));
+    pub(super) fn is_in(&self, sweeper: &Sweeper, status: &AuditLogSweeperStatus) -> bool {
+        let ours = self.last_sweep(sweeper);
         let is_ours = |last: &LastSweep| {
             (last.schedule_time, last.start_time, last.duration_milliseconds, last.attempts, last.timed_out)
                 == (ours.schedule_time, ours.start_time, ours.duration_milliseconds, ours.attempts, ours.timed_out)
@@ -53,59 +38,58 @@ impl Attempt<'_> {
     }
 
     /// Lays it over the status. No verdicts: what was said still stands.
-    pub fn apply_to(&self, status: &mut AuditLogSweeperStatus) -> Vec<ConditionUpdate> {
-        let Self { subject, slot, start, end, result, .. } = *self;
+    pub(super) fn apply_to(
+        &self,
+        status: &mut AuditLogSweeperStatus,
+        sweeper: &Sweeper,
+        end: DateTime<Utc>,
+    ) -> Vec<ConditionUpdate> {
+        let Self { slot, start, report, .. } = self;
         self.add_totals(status);
-        let empty = Report::default();
-        let report = result.as_ref().unwrap_or(&empty);
-        let sweep = self.last_sweep(report);
+        let sweep = self.last_sweep(sweeper);
         // An attempt that did not get to the rows says nothing about them.
         if let Some((database, after)) = report.database_time {
             // A retry goes on behind what the attempts before it were refused.
             let before =
                 status.unsweepable.take().filter(|before| slot.continues.is_some() && before.resume_after.is_some());
             status.unsweepable = unsweepable(report, before);
-            let ours = start + TimeDelta::from_std(after).unwrap_or_default();
+            let ours = *start + TimeDelta::from_std(after).unwrap_or_default();
             status.clock_skew_milliseconds = Some((ours - database).num_milliseconds());
         }
         if slot.trigger != Trigger::Request {
             status.last_schedule_time = Some(sweep.schedule_time);
         }
-        status.last_attempt_time = Some(whole_seconds(start));
+        status.last_attempt_time = Some(whole_seconds(*start));
         status.last_handled_request = slot.answers.clone().or(status.last_handled_request.take());
-        let failure = match result {
-            Err(failure) => Some(failure.clone()),
-            Ok(report) => report.error.as_ref().map(Failure::from),
-        };
-        let reason = failure.as_ref().map(|failure| failure.reason.as_str().to_owned());
-        let updates = match failure {
-            Some(failure) => self.failed(status, &failure, sweep.timed_out),
-            None if sweep.outcome == Outcome::Stopped => {
+        let updates = match &report.end {
+            Err(failure) => self.failed(status, sweeper, failure, end, sweep.timed_out),
+            Ok(Ended::Stopped) => {
                 // The next operator goes on with it at once, with what is left of its limit.
-                let left = sweep.timed_out < i64::from(subject.spec.limit);
-                let next = if left { whole_seconds(end) } else { subject.grid().after(start, end) };
+                let left = sweep.timed_out < i64::from(sweeper.spec.limit);
+                let next = if left { whole_seconds(end) } else { sweeper.grid().after(*start, end) };
                 status.next_schedule_time = Some(next);
                 vec![]
             }
-            None => self.went_well(status, report, &sweep),
+            Ok(_) => self.went_well(status, sweeper, end, &sweep),
         };
         let entry = HistoryEntry {
             outcome: sweep.outcome,
-            reason,
+            reason: report.end.as_ref().err().map(|failure| failure.reason.as_str().to_owned()),
             trigger: sweep.trigger,
             timed_out: report.timed_out,
             count: 1,
             first_time: whole_seconds(end),
             last_time: whole_seconds(end),
         };
-        let limit = usize::try_from(subject.spec.history_limit).unwrap_or_default();
+        let limit = usize::try_from(sweeper.spec.history_limit).unwrap_or_default();
         status.history = remember(&status.history, entry, limit);
         status.last_sweep = Some(sweep);
         updates
     }
 
     /// The sweep that it is part of, with its counts added.
-    fn last_sweep(&self, report: &Report) -> LastSweep {
+    fn last_sweep(&self, sweeper: &Sweeper) -> LastSweep {
+        let report = &self.report;
         let before = self.slot.continues.as_ref();
         let sum = |count: fn(&LastSweep) -> i64, now: i64| before.map_or(0, count).saturating_add(now);
         LastSweep {
@@ -116,7 +100,7 @@ impl Attempt<'_> {
             outcome: report.outcome(),
             attempts: before.map_or(0, |last| last.attempts).saturating_add(1),
             cutoff: report.cutoff,
-            limit: self.subject.spec.limit,
+            limit: sweeper.spec.limit,
             timed_out: sum(|last| last.timed_out, report.timed_out),
             skipped: sum(|last| last.skipped, report.skipped),
             suppressed: sum(|last| last.suppressed, report.suppressed),
@@ -125,18 +109,25 @@ impl Attempt<'_> {
         }
     }
 
-    fn failed(&self, status: &mut AuditLogSweeperStatus, failure: &Failure, timed_out: i64) -> Vec<ConditionUpdate> {
-        let Self { subject, slot, end, .. } = *self;
+    fn failed(
+        &self,
+        status: &mut AuditLogSweeperStatus,
+        sweeper: &Sweeper,
+        failure: &Failure,
+        end: DateTime<Utc>,
+        timed_out: i64,
+    ) -> Vec<ConditionUpdate> {
+        let slot = &self.slot;
         let scheduled = status.next_schedule_time;
         let retry_waits = status.consecutive_failures > 0;
         // A failed attempt does not put the slot after it off. With nothing left of its limit, the slot is done.
-        let next = subject.grid().after(slot.schedule_time, end);
+        let next = sweeper.grid().after(slot.schedule_time, end);
         let asked = scheduled.filter(|_| slot.trigger == Trigger::Request && slot.continues.is_none());
-        let updates = fail(status, subject, failure, end, asked.unwrap_or(next));
+        let updates = fail(status, sweeper, failure, end, asked.unwrap_or(next));
         if let Some(scheduled) = asked.filter(|_| retry_waits) {
             // The retry that was due anyway still is, no sooner and no later.
             status.next_schedule_time = Some(scheduled);
-        } else if timed_out >= i64::from(subject.spec.limit) {
+        } else if timed_out >= i64::from(sweeper.spec.limit) {
             status.next_schedule_time = Some(next);
         }
         updates
@@ -145,12 +136,13 @@ impl Attempt<'_> {
     fn went_well(
         &self,
         status: &mut AuditLogSweeperStatus,
-        report: &Report,
+        sweeper: &Sweeper,
+        end: DateTime<Utc>,
         sweep: &LastSweep,
     ) -> Vec<ConditionUpdate> {
-        let Self { subject, start, end, checked, .. } = *self;
+        let report = &self.report;
         status.consecutive_failures = 0;
-        status.next_schedule_time = Some(subject.grid().after(start, end));
+        status.next_schedule_time = Some(sweeper.grid().after(self.start, end));
         status.backlog.clone_from(&report.backlog);
         status.last_successful_time = Some(whole_seconds(end));
         let reason = match sweep.outcome {
@@ -159,9 +151,9 @@ impl Attempt<'_> {
             Outcome::Observed => Reason::Observed,
             Outcome::Drained | Outcome::Failed | Outcome::Stopped => Reason::Swept,
         };
-        let schema = conditions::schema(checked, &status.conditions);
+        let schema = conditions::schema(self.checked.as_ref(), &status.conditions);
         let refused = status.unsweepable.as_ref().map_or(0, |refused| refused.count);
-        healthy(reason, &summary(report, sweep, refused), schema, conditions::bounded(subject, report, refused))
+        healthy(reason, &summary(report, sweep, refused), schema, conditions::bounded(&sweeper.spec, report, refused))
     }
 }
 
@@ -198,7 +190,7 @@ fn unsweepable(report: &Report, before: Option<Unsweepable>) -> Option<Unsweepab
 /// Lays a failure over the status: retried, at the latest at the `next` slot.
 pub(super) fn fail(
     status: &mut AuditLogSweeperStatus,
-    subject: &Subject,
+    sweeper: &Sweeper,
     failure: &Failure,
     now: DateTime<Utc>,
     next: DateTime<Utc>,
@@ -207,7 +199,7 @@ pub(super) fn fail(
     status.last_failure_time = Some(whole_seconds(now));
     status.last_error = Some(LastError::new(failure.reason, &failure.message, now));
     let missing = failure.class == Class::Missing;
-    let retry = subject.grid().retry(status.consecutive_failures, missing, now, next);
+    let retry = sweeper.grid().retry(status.consecutive_failures, missing, now, next);
     status.next_schedule_time = Some(whole_seconds(retry).max(whole_seconds(now)));
     let failing_since = condition::find(&status.conditions, ConditionType::Ready)
         .filter(|ready| ready.status == "False")

@@ -2,13 +2,10 @@
 
 use chrono::TimeDelta;
 
-use crate::api::Failure;
-
 use crate::api::condition::{self, Condition, ConditionType, ConditionUpdate};
 use crate::api::spec::Mode;
 use crate::api::status::{Backlog, whole_seconds};
-use crate::api::{Reason, Stage};
-use crate::controller::model::Subject;
+use crate::api::{AuditLogSweeperSpec, Failure, Reason, Stage};
 use crate::preflight::{Checked, Severity};
 use crate::sweep::Report;
 
@@ -121,7 +118,7 @@ fn not_suspended() -> ConditionUpdate {
 }
 
 /// Whether the sweeps keep up, after one that counted what is left. The database's clock judges.
-pub(super) fn bounded(subject: &Subject, report: &Report, refused: i64) -> ConditionUpdate {
+pub(super) fn bounded(spec: &AuditLogSweeperSpec, report: &Report, refused: i64) -> ConditionUpdate {
     let type_ = BacklogBounded;
     let (Some(backlog), Some(cutoff)) = (&report.backlog, report.cutoff) else {
         return ConditionUpdate::new(
@@ -132,12 +129,12 @@ pub(super) fn bounded(subject: &Subject, report: &Report, refused: i64) -> Condi
         );
     };
     let Backlog { display, oldest_time_started, .. } = backlog;
-    let advice = match (subject.spec.mode, refused) {
+    let advice = match (spec.mode, refused) {
         (Mode::Observe, _) => "spec.mode Observe sweeps nothing: set it to Apply",
         (Mode::Apply, 0) => "raise spec.limit or shorten spec.period",
         (Mode::Apply, _) => "the database refuses rows: see status.unsweepable",
     };
-    let bound = cutoff - TimeDelta::milliseconds(subject.spec.period.as_millis()) * 2;
+    let bound = cutoff - TimeDelta::milliseconds(spec.period.as_millis()) * 2;
     match oldest_time_started {
         Some(oldest) if *oldest < bound => ConditionUpdate::new(
             type_,

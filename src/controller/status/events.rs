@@ -4,8 +4,7 @@
 use crate::api::condition::{self, ConditionType};
 use crate::api::status::{AuditLogSweeperStatus, Outcome, Unsweepable};
 use crate::api::{cut, status::MAX_MESSAGE};
-
-use crate::controller::model::Update;
+use crate::controller::model::{AttemptResult, Done};
 
 /// An event, as `kubectl describe` shows it.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -39,13 +38,13 @@ impl Event {
     }
 }
 
-/// The events of an update that led from one status to another.
-pub fn events(update: &Update, old: &AuditLogSweeperStatus, new: &AuditLogSweeperStatus) -> Vec<Event> {
+/// The events of a result that led from one status to another.
+pub fn events(result: &AttemptResult, old: &AuditLogSweeperStatus, new: &AuditLogSweeperStatus) -> Vec<Event> {
     let mut events = vec![];
     if new.last_handled_request != old.last_handled_request {
         // Of two events that differ in their note alone, only the first note is shown.
-        events.push(match update {
-            Update::Suspended { .. } => {
+        events.push(match result.done {
+            Done::Suspended => {
                 let note = "a sweep was requested; it does not run, since spec.suspend is true";
                 Event::new(false, "SweepRequested", "Skip", note)
             }
@@ -60,13 +59,13 @@ pub fn events(update: &Update, old: &AuditLogSweeperStatus, new: &AuditLogSweepe
         (true, false) => events.push(Event::new(false, "Resumed", "Resume", "spec.suspend is false: sweeps go on")),
         _ => {}
     }
-    if let Update::Repaired { .. } = update {
+    if let Done::Repaired = result.done {
         let note = "status.nextScheduleTime or lastAttemptTime was one that no sweep can have: a hand wrote it, or a \
                     clock has jumped. The schedule was computed anew";
         events.push(Event::new(true, "ScheduleRepaired", "Schedule", note));
     }
-    if let Update::Sweep { result, .. } = update {
-        let timed_out = result.as_ref().as_ref().map_or(0, |report| report.timed_out);
+    if let Some(attempt) = result.sweep() {
+        let timed_out = attempt.report.timed_out;
         if timed_out > 0 {
             let note = format!(
                 "completed {timed_out} rows as timed out: their requests never completed them, which may mean crashes \

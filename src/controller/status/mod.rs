@@ -9,80 +9,66 @@ use chrono::{DateTime, Utc};
 use crate::api::Reason;
 use crate::api::condition;
 use crate::api::status::{AuditLogSweeperStatus, LastError, whole_seconds};
-use crate::controller::model::{Subject, Update};
-use attempt::Attempt;
+use crate::controller::model::{AttemptResult, Done};
 use conditions::healthy;
 
-impl Update {
-    /// When an attempt began, if this is about one.
-    pub const fn start(&self) -> Option<DateTime<Utc>> {
-        match self {
-            Self::Sweep { start, .. } => Some(*start),
-            _ => None,
-        }
-    }
-
-    /// Whether a status already has it, if this is about an attempt.
-    pub fn is_in(&self, subject: &Subject, status: &AuditLogSweeperStatus) -> bool {
-        let Self::Sweep { slot, start, end, result, .. } = self else { return false };
-        Attempt { subject, slot, start: *start, end: *end, result, checked: None }.is_in(status)
+impl AttemptResult {
+    /// Whether a status already has it, if this is about a sweep.
+    pub fn is_in(&self, status: &AuditLogSweeperStatus) -> bool {
+        self.sweep().is_some_and(|attempt| attempt.is_in(&self.sweeper, status))
     }
 
     /// The status that follows.
-    pub fn apply(&self, subject: &Subject, old: &AuditLogSweeperStatus) -> AuditLogSweeperStatus {
+    pub fn apply(&self, old: &AuditLogSweeperStatus) -> AuditLogSweeperStatus {
+        let Self { sweeper, done, time: now, .. } = self;
         let mut status = old.clone();
-        if old.observed_generation != Some(subject.generation) {
+        if old.observed_generation != Some(sweeper.generation()) {
             // It may have been another table.
             status.unsweepable = None;
         }
-        status.observed_generation = Some(subject.generation);
-        let (now, updates) = match self {
-            Self::Acknowledged { now } => (*now, conditions::pending()),
-            Self::Suspended { now } => {
+        status.observed_generation = Some(sweeper.generation());
+        let updates = match done {
+            Done::Acknowledged => conditions::pending(),
+            Done::Suspended => {
                 // No time is a promise while nothing begins.
                 status.next_schedule_time = None;
-                status.last_handled_request = subject.request.clone().or(status.last_handled_request);
-                (*now, conditions::suspended())
+                status.last_handled_request = sweeper.request().map(str::to_owned).or(status.last_handled_request);
+                conditions::suspended()
             }
-            Self::Repaired { now } => {
+            Done::Repaired => {
                 let last = old.last_attempt_time.map(|last| last.min(whole_seconds(*now)));
-                let slot = |last| subject.grid().after(last, last);
+                let slot = |last| sweeper.grid().after(last, last);
                 status.last_attempt_time = last;
                 status.next_schedule_time = Some(last.map_or(whole_seconds(*now), slot));
-                (*now, vec![])
+                vec![]
             }
-            Self::Preflight { now, result: Ok(checked) } => {
-                status.consecutive_failures = 0;
-                status.next_schedule_time = Some(subject.grid().after_edit(old.last_attempt_time, *now));
-                let text = "a sweep could run; none is due yet";
-                let schema = conditions::schema(Some(checked), &old.conditions);
-                (*now, healthy(Reason::SchemaReady, text, schema, conditions::bounded_as_before(&old.conditions)))
+            Done::Preflight(result) => {
+                let next = sweeper.grid().after_edit(old.last_attempt_time, *now);
+                match result {
+                    Ok(checked) => {
+                        (status.consecutive_failures, status.next_schedule_time) = (0, Some(next));
+                        let text = "a sweep could run; none is due yet";
+                        let schema = conditions::schema(Some(checked), &old.conditions);
+                        healthy(Reason::SchemaReady, text, schema, conditions::bounded_as_before(&old.conditions))
+                    }
+                    Err(failure) => attempt::fail(&mut status, sweeper, failure, *now, next),
+                }
             }
-            Self::Preflight { now, result: Err(failure) } => {
-                let next = subject.grid().after_edit(old.last_attempt_time, *now);
-                (*now, attempt::fail(&mut status, subject, failure, *now, next))
-            }
-            Self::Sweep { slot, start, end, result, checked } => {
-                let checked = checked.as_ref();
-                let attempt = Attempt { subject, slot, start: *start, end: *end, result, checked };
-                (*end, attempt.apply_to(&mut status))
-            }
+            Done::Sweep(attempt) => attempt.apply_to(&mut status, sweeper, *now),
         };
         // Without a verdict, as when the operator was stopped, what was said still stands.
         if !updates.is_empty() {
-            status.conditions = condition::apply(&old.conditions, &updates, subject.generation, now);
+            status.conditions = condition::apply(&old.conditions, &updates, sweeper.generation(), *now);
         }
         status
     }
 
     /// The counts of this alone, added to a status that knows of a later attempt.
-    pub fn apply_totals(&self, subject: &Subject, old: &AuditLogSweeperStatus) -> AuditLogSweeperStatus {
+    pub fn apply_totals(&self, old: &AuditLogSweeperStatus) -> AuditLogSweeperStatus {
         let mut status = old.clone();
         // Without rows there is nothing that only this attempt knows.
-        if let Self::Sweep { slot, start, end, result, .. } = self
-            && result.as_ref().as_ref().is_ok_and(|report| report.timed_out > 0)
-        {
-            Attempt { subject, slot, start: *start, end: *end, result, checked: None }.add_totals(&mut status);
+        if let Some(attempt) = self.sweep().filter(|attempt| attempt.report.timed_out > 0) {
+            attempt.add_totals(&mut status);
         }
         status
     }

@@ -1,10 +1,11 @@
 //! How a sweep connects: every sslmode and TLS mode against a real server, client certificates, several hosts, sockets.
 
+use audit_log_sweeper::api::Failure;
 use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::api::status::Outcome;
 use audit_log_sweeper::credentials::{ClientCertificate, ConnectionUri, Credentials};
+use audit_log_sweeper::database::Target;
 use audit_log_sweeper::database::tls::default_roots;
-use audit_log_sweeper::database::{Error, Target};
 use audit_log_sweeper::sweep::{Report, sweep};
 use serde_json::{Value, json};
 use support::postgres::{PostgresOptions, PostgresServer, shared};
@@ -29,15 +30,15 @@ async fn swept(log: &AuditTable, credentials: &Credentials, tls: Value) -> Repor
 }
 
 /// Sweeps one row; what was seen on the server, or the error.
-async fn try_it(log: &AuditTable, credentials: &Credentials, tls: Value) -> Result<&'static str, Error> {
+async fn try_it(log: &AuditTable, credentials: &Credentials, tls: Value) -> Result<&'static str, Failure> {
     log.run("TRUNCATE audit_log").await;
     log.start(1, "2 h").await;
     let report = swept(log, credentials, tls).await;
     let encrypted = log.query("SELECT request_id FROM audit_log WHERE result_kind = 'timeout'").await;
-    match (report.error, encrypted.first().map(String::as_str)) {
-        (None, Some("true")) => Ok("encrypted"),
-        (None, Some("false")) => Ok("plain"),
-        (Some(error), None) => Err(error),
+    match (report.end, encrypted.first().map(String::as_str)) {
+        (Ok(_), Some("true")) => Ok("encrypted"),
+        (Ok(_), Some("false")) => Ok("plain"),
+        (Err(error), None) => Err(error),
         other => panic!("{other:?}"),
     }
 }
@@ -108,7 +109,7 @@ async fn every_sslmode_and_every_mode_does_what_libpq_means_by_it() {
                 match (got, expected(meaning, ca, right_name)) {
                     (Ok(got), Ok(expected)) => assert_eq!(got, expected, "{what}"),
                     (Err(error), Err(field)) => {
-                        assert_eq!(error.reason(), Reason::TLSFailed, "{what}: {error}");
+                        assert_eq!(error.reason, Reason::TLSFailed, "{what}: {error}");
                         assert!(error.to_string().contains(field), "{what}: {error}");
                     }
                     other => panic!("{what}: {other:?}"),
@@ -126,7 +127,7 @@ async fn a_server_without_tls_is_never_spoken_to_in_plain_text_unless_disable_wa
     let base = log.database.uri();
     for sslmode in ["", "?sslmode=allow", "?sslmode=prefer", "?sslmode=require", "?sslmode=verify-full"] {
         let error = try_it(&log, &credentials(&format!("{base}{sslmode}"), None), json!({})).await.unwrap_err();
-        assert_eq!(error.reason(), Reason::TLSFailed, "{sslmode}: {error}");
+        assert_eq!(error.reason, Reason::TLSFailed, "{sslmode}: {error}");
         assert!(error.to_string().contains("set spec.database.tls.mode to Disable"), "{sslmode}: {error}");
     }
     assert_eq!(try_it(&log, &credentials(&base, None), json!({ "mode": "Disable" })).await.unwrap(), "plain");
@@ -140,7 +141,7 @@ async fn an_expired_certificate_is_refused_by_name() {
     let right = credentials(&log.database.uri(), Some(&server.ca_pem()));
     for mode in ["VerifyCA", "VerifyFull"] {
         let error = try_it(&log, &right, json!({ "mode": mode })).await.unwrap_err();
-        assert_eq!(error.reason(), Reason::TLSFailed, "{error}");
+        assert_eq!(error.reason, Reason::TLSFailed, "{error}");
         let text = error.to_string();
         assert!(text.contains("renew the server's certificate") && text.contains("spec.database.tls.mode"), "{text}");
     }
@@ -173,12 +174,12 @@ async fn a_server_that_asks_for_a_certificate_gets_one() {
     for (what, client) in [("none", None), ("other name", Some(other_name)), ("other CA", Some(other_authority))] {
         let error = try_it(&log, &with(client), tls()).await.unwrap_err();
         let reason = if what == "other CA" { Reason::TLSFailed } else { Reason::AuthenticationFailed };
-        assert_eq!(error.reason(), reason, "{what}: {error}");
+        assert_eq!(error.reason, reason, "{what}: {error}");
         assert!(error.to_string().contains("clientCertSecretRef"), "{what}: {error}");
     }
     let plain = credentials(&log.database.uri(), None);
     let error = try_it(&log, &plain, json!({ "mode": "Disable" })).await.unwrap_err();
-    assert_eq!(error.reason(), Reason::AuthenticationFailed, "{error}");
+    assert_eq!(error.reason, Reason::AuthenticationFailed, "{error}");
     assert!(error.to_string().contains("spec.database.tls.mode"), "{error}");
 }
 
@@ -191,7 +192,7 @@ async fn scram_is_bound_to_the_channel_where_the_uri_demands_it() {
     // Without TLS there is no channel to bind to.
     let plain = Credentials { ca: None, ..bound };
     let error = try_it(&log, &plain, json!({ "mode": "Disable" })).await.unwrap_err();
-    assert_eq!(error.reason(), Reason::AuthenticationFailed, "{error}");
+    assert_eq!(error.reason, Reason::AuthenticationFailed, "{error}");
     assert!(error.to_string().contains("channel binding"), "{error}");
 }
 
@@ -211,7 +212,7 @@ async fn hostile_passwords_work_encoded_or_not() {
             log.start(1, "2 h").await;
             let uri = format!("postgresql://{user}:{written}@{address}");
             let report = sweep(&log.job_at(&uri, json!({})), &CancellationToken::new()).await;
-            assert!(report.error.is_none(), "{password} written {written}: {report:?}");
+            assert!(report.end.is_ok(), "{password} written {written}: {report:?}");
             assert_eq!(log.timed_out().await, [1]);
         }
     }
@@ -227,8 +228,8 @@ async fn a_refused_login_shows_no_piece_of_a_badly_written_uri() {
         (format!("postgresql://{user}%3Ahunter2:x@{place}/app"), Reason::AuthenticationFailed),
         (format!("postgresql://{user}:{password}@{place}/{user}?options=-c%20hunter2=1"), Reason::InvalidConnectionURI),
     ] {
-        let error = sweep(&log.job_at(&uri, json!({})), &CancellationToken::new()).await.error.unwrap();
-        assert_eq!(error.reason(), reason, "{error}");
+        let error = sweep(&log.job_at(&uri, json!({})), &CancellationToken::new()).await.end.unwrap_err();
+        assert_eq!(error.reason, reason, "{error}");
         assert!(!error.to_string().contains("hunter2"), "{error}");
     }
 }
@@ -261,8 +262,8 @@ async fn of_several_hosts_the_one_that_takes_writes_is_swept() {
         assert_eq!((report.timed_out, report.outcome()), (1, Outcome::Drained), "{report:?}");
     }
     let only = uri(&format!("127.0.0.1:{readonly}")) + "?target_session_attrs=read-write";
-    let error = sweep(&log.job_at(&only, json!({})), &CancellationToken::new()).await.error.unwrap();
-    assert_eq!(error.reason(), Reason::NotPrimary, "{error}");
+    let error = sweep(&log.job_at(&only, json!({})), &CancellationToken::new()).await.end.unwrap_err();
+    assert_eq!(error.reason, Reason::NotPrimary, "{error}");
 }
 
 #[tokio::test]

@@ -37,7 +37,7 @@ async fn a_silent_server_is_unreachable_and_not_a_deadline_that_was_reached() {
     let report =
         sweep(&log.job_at(&uri, json!({ "deadline": "1s", "statementTimeout": "1s" })), &CancellationToken::new())
             .await;
-    assert_eq!((report.outcome(), report.error.unwrap().reason()), (Outcome::Failed, Reason::LoginTimeout));
+    assert_eq!((report.outcome(), report.end.unwrap_err().reason), (Outcome::Failed, Reason::LoginTimeout));
     operator.secret("db", &[("uri", &uri)]).await;
     operator.apply("app", json!({ "deadline": "1s", "statementTimeout": "1s" })).await;
     let status = operator.until("app", "the failure", |s| s["lastError"] != Value::Null).await;
@@ -81,7 +81,7 @@ async fn a_deadline_in_which_nothing_can_be_done_is_a_failure() {
     log.start_many(3).await;
     log.before_update("PERFORM pg_sleep(30);").await;
     let report = log.sweep(json!({ "deadline": "1s", "statementTimeout": "1s" })).await;
-    assert_eq!((report.timed_out, report.error.unwrap().reason()), (0, Reason::StatementTimeout));
+    assert_eq!((report.timed_out, report.end.unwrap_err().reason), (0, Reason::StatementTimeout));
 }
 
 #[tokio::test]
@@ -104,7 +104,7 @@ async fn a_row_without_a_key_is_an_error_and_not_a_loop() {
     for spec in [json!({ "batchSize": 1 }), json!({ "limit": 1 })] {
         let start = Instant::now();
         let report = log.sweep(spec).await;
-        let error = report.error.unwrap();
+        let error = report.end.unwrap_err();
         assert!(error.to_string().contains("must be NOT NULL") && start.elapsed() < Duration::from_secs(5), "{error}");
     }
     // In a batch with others it is left, and they are not.
@@ -154,7 +154,7 @@ async fn neither_a_cast_nor_names_made_up_by_a_trigger_show_a_row() {
     let mut shown = vec![format!("{report:?}")];
     for mode in ["Apply", "Observe"] {
         let report = text.sweep(json!({ "mode": mode })).await;
-        assert!(report.error.is_some(), "{report:?}");
+        assert!(report.end.is_err(), "{report:?}");
         shown.push(format!("{report:?}"));
     }
     assert!(!shown.concat().contains("SECRET"), "{shown:?}");

@@ -42,7 +42,7 @@ async fn a_lost_answer_to_commit_is_looked_up() {
         let report = sweep(&log.job_at(&uri, json!({ "batchSize": 2 })), &CancellationToken::new()).await;
         assert!(proxy.lost.load(Ordering::SeqCst));
         assert_eq!((report.timed_out, report.outcome()), (committed, Outcome::Failed), "{lose:?}: {report:?}");
-        assert_eq!(report.error.as_ref().unwrap().reason(), Reason::ConnectionLost);
+        assert_eq!(report.end.as_ref().unwrap_err().reason, Reason::ConnectionLost);
         tells_the_truth(&log, &report).await;
     }
 }
@@ -109,7 +109,7 @@ async fn restarts_end_the_attempt_and_lose_no_count() {
         until_swept(&log, 6).await;
         server.restart(how).await.unwrap();
         let report = running.await.unwrap();
-        let reason = report.error.as_ref().unwrap().reason();
+        let reason = report.end.as_ref().unwrap_err().reason;
         // A server that goes away says so, or does not.
         let reasons = [Reason::DatabaseUnreachable, Reason::ConnectionLost];
         assert!(reasons.contains(&reason), "{how:?}: {report:?}");
@@ -141,15 +141,15 @@ async fn a_standby_and_a_full_server_have_their_own_reasons() {
     }
     // Straight to the server: a pooler has its connection already.
     let report = sweep(&log.job_at(&log.database.uri(), json!({})), &CancellationToken::new()).await;
-    let error = report.error.unwrap();
-    assert_eq!(error.reason(), Reason::TooManyConnections, "{error}");
+    let error = report.end.unwrap_err();
+    assert_eq!(error.reason, Reason::TooManyConnections, "{error}");
     drop(others);
 
     let admin = server.connect("postgres").await.unwrap();
     admin.batch_execute("COPY (SELECT) TO PROGRAM 'cat > standby.signal'").await.unwrap();
     server.restart(Shutdown::Fast).await.unwrap();
-    let error = log.sweep(json!({})).await.error.unwrap();
-    assert_eq!(error.reason(), Reason::NotPrimary, "{error}");
+    let error = log.sweep(json!({})).await.end.unwrap_err();
+    assert_eq!(error.reason, Reason::NotPrimary, "{error}");
     assert!(error.to_string().contains("the sweep needs the primary"), "{error}");
 }
 
@@ -216,7 +216,7 @@ async fn a_table_lock_is_waited_for_a_little_and_then_left() {
             assert_eq!(running.await.unwrap().timed_out, 1);
         } else {
             let report = running.await.unwrap();
-            assert_eq!((report.timed_out, report.error.unwrap().reason()), (0, Reason::TableLocked));
+            assert_eq!((report.timed_out, report.end.unwrap_err().reason), (0, Reason::TableLocked));
         }
     }
 }
@@ -234,7 +234,7 @@ async fn a_password_changed_midway_ends_the_next_sweep_and_not_this_one() {
     assert_eq!((report.timed_out, report.outcome()), (20, Outcome::Drained), "{report:?}");
     // Straight to the server: a pooler stays logged in.
     let next = sweep(&log.job_at(&log.database.uri(), json!({})), &CancellationToken::new()).await;
-    assert_eq!(next.error.unwrap().reason(), Reason::AuthenticationFailed);
+    assert_eq!(next.end.unwrap_err().reason, Reason::AuthenticationFailed);
 }
 
 #[tokio::test]
@@ -254,8 +254,8 @@ async fn a_right_revoked_or_a_table_replaced_midway_counts_what_was_done() {
     until_swept(&log, 4).await;
     log.run("REVOKE UPDATE (result_kind) ON audit_log FROM audit_log_sweeper").await;
     let report = running.await.unwrap();
-    let error = report.error.as_ref().unwrap();
-    assert_eq!(error.reason(), Reason::PermissionDenied, "{error}");
+    let error = report.end.as_ref().unwrap_err();
+    assert_eq!(error.reason, Reason::PermissionDenied, "{error}");
     assert!(error.to_string().contains("permission denied for table audit_log"), "{error}");
     tells_the_truth(&log, &report).await;
 
@@ -270,7 +270,7 @@ async fn a_right_revoked_or_a_table_replaced_midway_counts_what_was_done() {
     )
     .await;
     let report = running.await.unwrap();
-    assert_eq!(report.error.as_ref().unwrap().reason(), Reason::PermissionDenied);
+    assert_eq!(report.end.as_ref().unwrap_err().reason, Reason::PermissionDenied);
     let swept = log.query("SELECT count(*) FROM former WHERE result_kind = 'timeout'").await;
     assert_eq!(swept, [(i64::try_from(before).unwrap() + report.timed_out).to_string()]);
     admin.batch_execute(&format!("DROP ROLE {login}")).await.unwrap();

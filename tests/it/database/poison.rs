@@ -125,9 +125,9 @@ async fn eight_alike_in_a_row_stop_the_sweep_and_the_next_goes_on_behind_them() 
     ))
     .await;
     let first = log.sweep(json!({ "batchSize": 4 })).await;
-    let error = first.error.as_ref().unwrap();
+    let error = first.end.as_ref().unwrap_err();
     assert_eq!(
-        (error.reason(), error.class(), first.refused, first.timed_out),
+        (error.reason, error.class, first.refused, first.timed_out),
         (Reason::RowRefused, Class::Spec, 8, 0),
         "{error}"
     );

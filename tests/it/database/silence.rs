@@ -18,8 +18,8 @@ async fn end_of(log: &AuditTable, address: SocketAddr, spec: serde_json::Value) 
     let uri = log.database.uri().replace(&format!("127.0.0.1:{}", log.database.port), &address.to_string());
     let start = Instant::now();
     let report = sweep(&log.job_at(&(uri + "?connect_timeout=1"), spec), &CancellationToken::new()).await;
-    let error = report.error.unwrap();
-    (start.elapsed(), error.reason(), error.to_string())
+    let error = report.end.unwrap_err();
+    (start.elapsed(), error.reason, error.to_string())
 }
 
 #[tokio::test]
@@ -81,8 +81,8 @@ async fn the_deadline_ends_connecting_too() {
     let uri = log.database.uri().replace(&log.database.port.to_string(), &address.port().to_string());
     let start = Instant::now();
     let job = log.job_at(&uri, json!({ "deadline": "1s", "statementTimeout": "1s" }));
-    let error = sweep(&job, &CancellationToken::new()).await.error.unwrap();
-    assert_eq!(error.reason(), Reason::LoginTimeout, "{error}");
+    let error = sweep(&job, &CancellationToken::new()).await.end.unwrap_err();
+    assert_eq!(error.reason, Reason::LoginTimeout, "{error}");
     assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
 }
 

@@ -89,7 +89,7 @@ async fn a_completion_in_flight_is_neither_overwritten_nor_waited_for() {
         let start = Instant::now();
         let report = log.sweep(json!({})).await;
         assert!(start.elapsed() < Duration::from_secs(2), "it waited: {:?}", start.elapsed());
-        assert_eq!((report.timed_out, report.error.map(|e| e.to_string())), (1, None));
+        assert_eq!((report.timed_out, report.end.err()), (1, None));
         assert_eq!(log.timed_out().await, [2]);
 
         if commit {
@@ -147,7 +147,7 @@ async fn rows_that_share_a_key_are_not_completed_beside_the_chosen_ones() {
     )
     .await;
     let report = log.sweep(json!({ "limit": 1 })).await;
-    assert_eq!(report.error.unwrap().reason(), Reason::SchemaMismatch);
+    assert_eq!(report.end.unwrap_err().reason, Reason::SchemaMismatch);
     assert_eq!(
         (report.timed_out, log.query("SELECT count(*) FROM audit_log WHERE time_completed IS NULL").await),
         (0, vec!["3".into()])
@@ -225,7 +225,7 @@ async fn what_was_committed_counts_when_a_later_batch_fails() {
     let report = log.sweep(json!({ "batchSize": 2 })).await;
     assert_eq!(log.timed_out().await, [1, 2, 3, 4]);
     assert_eq!((report.timed_out, report.batches, report.outcome()), (4, 2, Outcome::Failed));
-    assert_eq!(report.error.unwrap().reason(), Reason::DatabaseUnreachable);
+    assert_eq!(report.end.unwrap_err().reason, Reason::DatabaseUnreachable);
 }
 
 #[tokio::test]
@@ -266,7 +266,7 @@ async fn the_server_keeps_the_limits_too() {
     ))
     .await;
     let report = log.sweep(json!({ "statementTimeout": "1500ms" })).await;
-    assert_eq!((report.timed_out, report.error.map(|e| e.to_string())), (1, None));
+    assert_eq!((report.timed_out, report.end.err()), (1, None));
     assert_eq!(
         log.query("SELECT name, value FROM seen ORDER BY lower(name)").await,
         [
@@ -286,7 +286,7 @@ async fn a_slow_statement_is_ended_by_the_server() {
     log.start_many(12).await;
     log.before_update("PERFORM pg_sleep(30);").await;
     let report = log.sweep(json!({ "statementTimeout": "200ms", "batchSize": 2 })).await;
-    assert_eq!((report.timed_out, report.error.unwrap().reason()), (0, Reason::StatementTimeout));
+    assert_eq!((report.timed_out, report.end.unwrap_err().reason), (0, Reason::StatementTimeout));
     // Eight rows in a row that take too long by themselves: it is the server, not the rows.
     assert_eq!((report.skipped, report.resume_after.unwrap().id), (8, Some(id(8))));
     nothing_is_left_running(&log).await;
@@ -332,15 +332,15 @@ async fn a_stop_cancels_the_running_statement_on_the_server() {
 #[tokio::test]
 async fn a_missing_table_column_or_right_is_named_with_what_to_do() {
     let log = AuditTable::empty().await;
-    let error = log.sweep(json!({})).await.error.unwrap();
-    assert_eq!(error.reason(), Reason::TableNotFound);
+    let error = log.sweep(json!({})).await.end.unwrap_err();
+    assert_eq!(error.reason, Reason::TableNotFound);
     assert!(error.to_string().contains("spec.table"), "{error}");
     log.create().await;
-    let error = log.sweep(json!({ "columns": { "id": "key" } })).await.error.unwrap();
-    assert_eq!(error.reason(), Reason::ColumnNotFound);
+    let error = log.sweep(json!({ "columns": { "id": "key" } })).await.end.unwrap_err();
+    assert_eq!(error.reason, Reason::ColumnNotFound);
     let error =
-        log.sweep(json!({ "complete": [{ "column": "result_kind", "value": "timed out" }] })).await.error.unwrap();
-    assert_eq!(error.reason(), Reason::SchemaMismatch, "{error}");
+        log.sweep(json!({ "complete": [{ "column": "result_kind", "value": "timed out" }] })).await.end.unwrap_err();
+    assert_eq!(error.reason, Reason::SchemaMismatch, "{error}");
 }
 
 async fn nothing_is_left_running(log: &AuditTable) {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use audit_log_sweeper::api::AuditLogSweeperSpec;
+use audit_log_sweeper::api::ValidSpec;
 use audit_log_sweeper::credentials::{ConnectionUri, Credentials};
 use audit_log_sweeper::database::{Target, tls};
 use audit_log_sweeper::sweep::{Job, Plan, Report, sweep};
@@ -55,7 +55,7 @@ impl Journal {
             cutoff: report.cutoff,
             timed_out: report.timed_out,
             uncertain: report.uncertain,
-            failed: report.error.is_some(),
+            failed: report.end.is_err(),
         });
     }
 }
@@ -70,8 +70,7 @@ pub fn job(uri: &str, name: &str, spec: Value) -> Job {
     let mut whole =
         json!({ "database": { "secretRef": { "name": "db" } }, "timeout": format!("{}s", TIMEOUT.as_secs()) });
     whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
-    let spec: AuditLogSweeperSpec = serde_json::from_value(whole).unwrap();
-    let plan = Plan::new(&spec).unwrap();
+    let plan = Plan::new(&ValidSpec::new(serde_json::from_value(whole).unwrap()).unwrap());
     let roots = Arc::new(tls::default_roots(None).unwrap());
     let mode = Some(audit_log_sweeper::api::spec::TlsMode::Disable);
     let target = Target::new(&Credentials::new(ConnectionUri::new(uri)), mode, &roots, &app(name)).unwrap();

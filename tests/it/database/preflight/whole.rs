@@ -53,7 +53,7 @@ async fn keys_of_every_type_that_passes_are_swept_in_order() {
         let first = stage.log.query("SELECT id FROM audit_log ORDER BY time_started, id LIMIT 5").await;
         let job = stage.job(json!({ "batchSize": 2, "limit": 5 }));
         let report = sweep(&job, &CancellationToken::new()).await;
-        assert_eq!((report.timed_out, report.error.map(|e| e.to_string())), (5, None), "{key}");
+        assert_eq!((report.timed_out, report.end.err()), (5, None), "{key}");
         let swept = "SELECT id FROM audit_log WHERE time_completed IS NOT NULL ORDER BY time_started, id";
         assert_eq!(stage.log.query(swept).await, first, "{key}");
     }
