@@ -160,8 +160,8 @@ mod tests {
         let (_here, _there) = (limiter.acquire_server("a").await.unwrap(), limiter.acquire_server("b").await.unwrap());
         let [here, beside, there] = ["a", "a", "b"].map(|server| limiter.peers(server));
         let all = || [&here, &beside, &there].map(Peers::are_waiting);
-        beside.record_start();
-        assert_eq!(([here.started(), there.started()], all()), ([1, 0], [false; 3]));
+        beside.start();
+        assert_eq!(([here.start(), there.start()], all()), ([2, 1], [false; 3]));
         for server in [Some("a"), None] {
             let _last = limiter.all.clone().try_acquire_owned();
             let waiting = async {

@@ -16,9 +16,6 @@ pub enum Error {
          the user and password, percent-encode the characters @ : / ? # % and blanks (@ is %40)"
     )]
     Uri(&'static str),
-    /// The spec says something that the CRD's rules refuse; only an older or looser CRD lets it through.
-    #[error("{0}")]
-    Spec(&'static str),
     /// The CA is not PEM.
     #[error("the CA of spec.database.tls.caSecretRef cannot be read: {0}")]
     Ca(&'static str),
@@ -141,21 +138,6 @@ pub struct ServerError {
     pub message: String,
 }
 
-/// What a sweep does about an error of a batch.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Recovery {
-    /// It lost against another transaction: try again at once, a few times.
-    Again,
-    /// The server was too busy: take fewer rows.
-    Smaller,
-    /// The table is locked: wait a little, a few times.
-    Later,
-    /// A row was refused, unless EXPLAIN refuses the statement too: find the row.
-    Bisect,
-    /// This attempt is over.
-    End,
-}
-
 impl From<&Error> for Failure {
     fn from(error: &Error) -> Self {
         Self { class: error.class(), ..Self::new(error.reason(), error.to_string()) }
@@ -191,7 +173,6 @@ impl Error {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Uri(_) => Reason::InvalidConnectionURI,
-            Self::Spec(_) => Reason::InvalidSpec,
             Self::Ca(_) | Self::ClientCertificate(_) | Self::NamedForNothing | Self::Tls { .. } => Reason::TLSFailed,
             Self::Resolve { .. } | Self::Unanswered { phase: ConnectPhase::Name, .. } => Reason::NameResolutionFailed,
             Self::Connect { .. } => Reason::DatabaseUnreachable,
@@ -215,22 +196,6 @@ impl Error {
             return Class::Spec;
         }
         self.reason().class()
-    }
-
-    /// What a sweep does about an error of a batch.
-    pub fn recovery(&self) -> Recovery {
-        let Self::Server(error) = self else { return Recovery::End };
-        match error.sqlstate.as_str() {
-            _ if error.fatal => Recovery::End,
-            "40001" | "40P01" | "26000" | "42P05" => Recovery::Again,
-            "57014" | "53200" => Recovery::Smaller,
-            "55P03" => Recovery::Later,
-            // The server as a whole cannot: it is full, read-only or damaged.
-            "25006" => Recovery::End,
-            code if ["53", "54", "58", "XX"].iter().any(|class| code.starts_with(class)) => Recovery::End,
-            _ if error.reason() == Reason::NotPrimary => Recovery::End,
-            _ => Recovery::Bisect,
-        }
     }
 
     /// What makes two refusals alike: SQLSTATE and constraint.

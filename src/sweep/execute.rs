@@ -1,9 +1,9 @@
 //! Drives a sweep: connect, freeze the cutoff, batch after batch, then count what is left.
 
 mod attempt;
+mod batches;
 mod cancel;
 mod commit;
-mod failure_streak;
 
 use std::time::Duration;
 
@@ -11,27 +11,21 @@ use tokio::time::{Instant, timeout};
 use tokio_postgres::SimpleQueryMessage;
 use tokio_util::sync::CancellationToken;
 
-use super::batch_planner::BatchPlanner;
+use super::batch_planner::LOCKED;
+use super::recovery::Recovery;
 use super::report::Ended;
 use super::statement::{self, Batch, Cursor, Start};
-use super::throttle::{self, Peers, Throttle};
+use super::throttle::Peers;
 use super::{Plan, Report};
 use crate::api::Failure;
 use crate::api::spec::Mode;
 use crate::api::status::Backlog;
-use crate::database::error::{Recovery, Step};
+use crate::database::error::Step;
 use crate::database::session::{last_row, text};
 use crate::database::{Error, Session, Target};
-use failure_streak::{ALIKE, FailureStreak};
 
 /// The server ends a statement by itself; this long after that it is taken for dead.
 const GRACE: Duration = Duration::from_secs(5);
-
-/// A batch that lost against other transactions is tried again this often at once.
-const CONFLICTS: u32 = 5;
-
-/// A batch that found the table locked is tried again this often.
-const LOCKED: u32 = 3;
 
 /// The longest that the first question of a sweep may take.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -224,10 +218,10 @@ impl Sweep<'_> {
             let limit = self.time_left().clamp(LEAST_TIME, START_TIMEOUT);
             let sql = statement::start(self.plan, limit);
             match self.session.query(Step::Cutoff, &sql, limit + GRACE).await {
-                Err(error) if error.recovery() == Recovery::Later && locked < LOCKED && limit > LEAST_TIME => {
+                Err(error) if Recovery::from(&error) == Recovery::Later && locked < LOCKED.0 && limit > LEAST_TIME => {
                     locked += 1;
                     self.session.rollback().await;
-                    pause(Duration::from_millis(500)).await;
+                    pause(LOCKED.1).await;
                 }
                 answer => break answer?,
             }
@@ -236,117 +230,6 @@ impl Sweep<'_> {
         self.report.database_time = asked.now.map(|now| (now, start.elapsed()));
         self.report.cutoff = statement::read_time(&asked.cutoff);
         Ok(asked)
-    }
-
-    /// Completes batches until nothing is left or something ends it; also returns how far it looked.
-    async fn batches(&mut self, start: &Start, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
-        let mut planner = BatchPlanner::new(self.plan.batch_size);
-        let mut throttle = Throttle::new(self.plan.yield_budget);
-        let mut cursor = self.resume_after.clone();
-        let mut streak = FailureStreak::default();
-        let ended = loop {
-            let left = limit - self.report.timed_out;
-            if left <= 0 {
-                break Ended::LimitReached;
-            }
-            let alone = planner.alone();
-            let way = throttle.max_rows(self.time_spent()).filter(|_| !self.peers.are_waiting());
-            let size = if alone { 1 } else { planner.next(way.map_or(left, |rows| left.min(rows))) };
-            if way.is_some() {
-                pause(throttle::PAUSE).await;
-            }
-            self.peers.record_start();
-            let started = self.peers.started();
-            let attempted = if alone {
-                self.one(start, cursor.as_ref()).await
-            } else {
-                self.batch(start, cursor.as_ref(), size).await
-            };
-            let error = match attempted {
-                Ok(BatchAttempt::Early(ended)) => break ended,
-                Ok(BatchAttempt::Batch(batch)) => {
-                    if batch.selected > 0 && batch.cursor.is_none() {
-                        self.session.rollback().await;
-                        return Err(Error::NullKey);
-                    }
-                    self.commit(start, &batch).await?;
-                    self.report.small_batches += i64::from(size < planner.next(left));
-                    streak = FailureStreak::default();
-                    planner.went_well(size);
-                    if let Some(ended) = batch.ended {
-                        throttle.record(ended, started, self.time_spent());
-                    }
-                    cursor = batch.cursor.or(cursor);
-                    if batch.selected < size {
-                        break Ended::Drained;
-                    }
-                    continue;
-                }
-                // It had less time than a statement may take: that says nothing of the row.
-                Ok(BatchAttempt::Refused { error, .. })
-                    if error.recovery() == Recovery::Smaller && self.is_short_of_time() =>
-                {
-                    break Ended::DeadlineReached;
-                }
-                Ok(BatchAttempt::Refused { row, error }) if error.recovery() == Recovery::Smaller => {
-                    self.report.skipped += 1;
-                    streak.skipped += 1;
-                    cursor = Some(row);
-                    planner.stepped_over();
-                    if streak.skipped >= ALIKE {
-                        self.report.resume_after = start.shown(cursor.clone());
-                        return Err(error);
-                    }
-                    continue;
-                }
-                Ok(BatchAttempt::Refused { row, error })
-                    if error.recovery() == Recovery::Bisect || streak.conflicts >= CONFLICTS =>
-                {
-                    self.refuse(start, &row, &error);
-                    cursor = Some(row);
-                    planner.stepped_over();
-                    streak.conflicts = 0;
-                    if let Some(error) = streak.too_many(error, self.report.refused) {
-                        self.report.resume_after = start.shown(cursor.clone());
-                        return Err(error);
-                    }
-                    continue;
-                }
-                Ok(BatchAttempt::Refused { error, .. }) | Err(error) => error,
-            };
-            self.session.rollback().await;
-            match error.recovery() {
-                Recovery::Again if streak.conflicts < CONFLICTS => {
-                    streak.conflicts += 1;
-                    pause(Duration::from_millis(20)).await;
-                }
-                Recovery::Later if streak.locked < LOCKED => {
-                    streak.locked += 1;
-                    pause(Duration::from_millis(500)).await;
-                }
-                Recovery::Smaller if !alone => planner.was_busy(size),
-                Recovery::Again | Recovery::Bisect if !alone => {
-                    self.diagnose(start, error).await?;
-                    streak.conflicts = 0;
-                    planner.was_refused(size);
-                }
-                _ => return Err(error),
-            }
-        };
-        // Rows behind those that were refused go first until the end was reached once.
-        if ended != Ended::Drained && self.resume_after.is_some() {
-            self.report.resume_after = start.shown(cursor.clone());
-        }
-        Ok((ended, cursor))
-    }
-
-    /// Counts a row that the server refuses, and names it where its key is no row data.
-    fn refuse(&mut self, start: &Start, row: &Cursor, error: &Error) {
-        self.report.refused += 1;
-        self.report.refused_why.get_or_insert_with(|| error.to_string());
-        if self.report.refused_ids.len() < NAMED && start.key_is_shown {
-            self.report.refused_ids.extend(row.id.clone());
-        }
     }
 
     /// How long the next statement may take; None: no further one begins. Never all the time that is left, so that a
@@ -372,14 +255,6 @@ impl Sweep<'_> {
     /// Why no further statement begins.
     fn cause(&self) -> Ended {
         if self.stop.is_cancelled() { Ended::Stopped } else { Ended::DeadlineReached }
-    }
-
-    /// Tells a row that the server refuses from a statement that fits no row: that one EXPLAIN refuses too.
-    async fn diagnose(&self, start: &Start, error: Error) -> Result<(), Error> {
-        if self.session.is_closed() {
-            return Err(error);
-        }
-        explain(&self.session, self.plan, start).await
     }
 
     /// Counts the stale rows that are left.

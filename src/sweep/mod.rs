@@ -1,12 +1,14 @@
 //! The sweep: everything that the database sees of it. Knows nothing of Kubernetes.
 //!
-//! `plan` turns a spec into quoted SQL parts, `statement` writes the SQL, `execute` drives the batches, whose size
-//! `batch_planner` chooses and `throttle` limits while others write, `report` is what comes out. Every batch is its own short
+//! `plan` turns a spec into quoted SQL parts, `statement` writes the SQL, `execute` drives the batches. `batch_planner` decides
+//! their size and what to do when one fails, with `throttle` for while others write and `recovery` for errors. `report` is
+//! what comes out. Every batch is its own short
 //! transaction: what is done stays done, and is counted, even when a later batch fails.
 
 pub mod batch_planner;
 pub mod execute;
 pub mod plan;
+pub mod recovery;
 pub mod report;
 pub mod statement;
 pub mod throttle;

@@ -43,14 +43,9 @@ impl Peers {
         Self { started, waiting, waiting_anywhere }
     }
 
-    /// One of them begins a transaction.
-    pub fn record_start(&self) {
-        self.started.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// How many transactions they began.
-    pub fn started(&self) -> u64 {
-        self.started.load(Ordering::Relaxed)
+    /// One of them begins a transaction; how many they began, with this one.
+    pub fn start(&self) -> u64 {
+        self.started.fetch_add(1, Ordering::Relaxed).saturating_add(1)
     }
 
     /// Whether another sweep waits until one of them is over.

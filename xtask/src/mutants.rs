@@ -22,7 +22,7 @@ struct Mutant {
 const GUARD: (&str, &str) = ("AND (t.{time_completed} IS NULL) IS TRUE ", "");
 const LOCK: (&str, &str) = (" LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED)", " LIMIT {size})");
 const STATEMENT: &str = "src/sweep/statement.rs";
-const RUN: &str = "src/sweep/execute.rs";
+const BATCHES: &str = "src/sweep/execute/batches.rs";
 const COMMIT: &str = "src/sweep/execute/commit.rs";
 
 const MUTANTS: [Mutant; 10] = [
@@ -52,14 +52,14 @@ const MUTANTS: [Mutant; 10] = [
     },
     Mutant {
         name: "the end judged by updated rows",
-        file: RUN,
-        edits: &[("if batch.selected < size {", "if batch.completed < size {")],
+        file: BATCHES,
+        edits: &[("if batch.selected < next.rows {", "if batch.completed < next.rows {")],
         tests: &["database::sweep::batches_go_on"],
         noticed: true,
     },
     Mutant {
         name: "no cursor from batch to batch",
-        file: RUN,
+        file: BATCHES,
         edits: &[("cursor = batch.cursor.or(cursor);", "")],
         tests: &["database::sweep::batches_go_on"],
         noticed: true,

@@ -1,0 +1,105 @@
+//! The middle of a sweep: batch after batch until nothing is left or something ends it. `batch_planner` decides.
+
+use super::{BatchAttempt, Cursor, Ended, Error, NAMED, Start, Sweep, explain, pause};
+use crate::sweep::batch_planner::{BatchPlanner, Next, Reaction};
+use crate::sweep::statement::Batch;
+use crate::sweep::throttle;
+
+impl Sweep<'_> {
+    /// Completes batches until nothing is left or something ends it; also returns how far it looked.
+    pub(super) async fn batches(&mut self, start: &Start, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
+        let mut planner = BatchPlanner::new(self.plan.batch_size, self.plan.yield_budget);
+        let mut cursor = self.resume_after.clone();
+        let ended = loop {
+            let left = limit - self.report.timed_out;
+            if left <= 0 {
+                break Ended::LimitReached;
+            }
+            let next = planner.next(left, self.time_spent(), self.peers.are_waiting());
+            if next.gives_way {
+                pause(throttle::PAUSE).await;
+            }
+            let started = self.peers.start();
+            let (row, error) = match self.attempt(start, cursor.as_ref(), next).await {
+                Ok(BatchAttempt::Early(ended)) => break ended,
+                Ok(BatchAttempt::Batch(batch)) => {
+                    self.commit_batch(start, &batch, next, &mut planner, started).await?;
+                    cursor = batch.cursor.or(cursor);
+                    if batch.selected < next.rows {
+                        break Ended::Drained;
+                    }
+                    continue;
+                }
+                Ok(BatchAttempt::Refused { row, error }) => (Some(row), error),
+                Err(error) => (None, error),
+            };
+            match planner.react(next, &error, row.is_some(), self.is_short_of_time()) {
+                Reaction::OutOfTime => break Ended::DeadlineReached,
+                Reaction::StepOver { refused } => {
+                    self.count_row(start, row.as_ref(), &error, refused);
+                    cursor = row;
+                    if let Some(error) = planner.step_over(error, refused) {
+                        self.report.resume_after = start.shown(cursor);
+                        return Err(error);
+                    }
+                }
+                reaction => self.recover(start, reaction, error).await?,
+            }
+        };
+        // Rows behind those that were refused go first until the end was reached once.
+        if ended != Ended::Drained && self.resume_after.is_some() {
+            self.report.resume_after = start.shown(cursor.clone());
+        }
+        Ok((ended, cursor))
+    }
+
+    async fn attempt(&mut self, start: &Start, cursor: Option<&Cursor>, next: Next) -> Result<BatchAttempt, Error> {
+        if next.alone { self.one(start, cursor).await } else { self.batch(start, cursor, next.rows).await }
+    }
+
+    async fn commit_batch(
+        &mut self,
+        start: &Start,
+        batch: &Batch,
+        next: Next,
+        planner: &mut BatchPlanner,
+        started: u64,
+    ) -> Result<(), Error> {
+        if batch.selected > 0 && batch.cursor.is_none() {
+            self.session.rollback().await;
+            return Err(Error::NullKey);
+        }
+        self.commit(start, batch).await?;
+        self.report.small_batches += i64::from(next.small);
+        planner.went_well(next.rows);
+        if let Some(ended) = batch.ended {
+            planner.saw_others(ended, started, self.time_spent());
+        }
+        Ok(())
+    }
+
+    /// Makes ready for another try.
+    async fn recover(&self, start: &Start, reaction: Reaction, error: Error) -> Result<(), Error> {
+        self.session.rollback().await;
+        match reaction {
+            Reaction::Retry(about) => pause(about).await,
+            // A statement that fits no row is no matter of rows: EXPLAIN refuses it too.
+            Reaction::Diagnose if !self.session.is_closed() => explain(&self.session, self.plan, start).await?,
+            _ => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Counts a row that is stepped over. One that the server refuses is named where its key is no row data.
+    fn count_row(&mut self, start: &Start, row: Option<&Cursor>, error: &Error, refused: bool) {
+        if !refused {
+            self.report.skipped += 1;
+            return;
+        }
+        self.report.refused += 1;
+        self.report.refused_why.get_or_insert_with(|| error.to_string());
+        if self.report.refused_ids.len() < NAMED && start.key_is_shown {
+            self.report.refused_ids.extend(row.and_then(|row| row.id.clone()));
+        }
+    }
+}
