@@ -95,6 +95,28 @@ pub(super) fn read(uri: &ConnectionUri) -> Result<Parsed, Error> {
         return Err(Error::Uri("it does not begin with postgresql://"));
     };
     let (user_info, address) = split(rest)?;
+    let mut parsed = read_address(address)?;
+    if let Some(user_info) = user_info {
+        let (user, password) = user_info.split_once(':').map_or((user_info, None), |(user, pw)| (user, Some(pw)));
+        if !user.is_empty() {
+            parsed.config.user(decode(user));
+        }
+        if let Some(password) = password {
+            parsed.config.password(decode(password));
+        }
+    }
+    check(&parsed.config)?;
+    if parsed.config.get_hosts().len() > 1 {
+        // Of several servers only one takes writes; without this, a standby that answers first would be the end of it.
+        parsed.writable = true;
+    }
+    // Found out by `connection`, which opens the connections itself.
+    parsed.config.target_session_attrs(TargetSessionAttrs::Any);
+    Ok(parsed)
+}
+
+/// Reads what comes after the user: the hosts, the database and the parameters.
+fn read_address(address: &str) -> Result<Parsed, Error> {
     let (address, query) = address.split_once('?').unwrap_or((address, ""));
     let mut parsed = Parsed { config: Config::new(), mode: None, writable: false };
     let mut kept = Vec::new();
@@ -129,37 +151,27 @@ pub(super) fn read(uri: &ConnectionUri) -> Result<Parsed, Error> {
         (Some(TlsMode::Require), Some(_)) => Some(TlsMode::VerifyCA),
         (mode, _) => mode,
     };
-    if let Some(user_info) = user_info {
-        let (user, password) = user_info.split_once(':').map_or((user_info, None), |(user, pw)| (user, Some(pw)));
-        if !user.is_empty() {
-            parsed.config.user(decode(user));
-        }
-        if let Some(password) = password {
-            parsed.config.password(decode(password));
-        }
-    }
-    if parsed.config.get_hosts().is_empty() && parsed.config.get_hostaddrs().is_empty() {
+    Ok(parsed)
+}
+
+/// Refuses what the driver takes and no server has.
+fn check(config: &Config) -> Result<(), Error> {
+    if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
         return Err(Error::Uri("it names no host"));
     }
     // What was not encoded in a password could else be taken for a host, and be shown as that.
     let plain = |host: &str| host.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:-%".contains(&b));
-    if parsed.config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if !plain(name))) {
+    if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if !plain(name))) {
         return Err(Error::Uri("a host in it has characters that no host name has"));
     }
-    if parsed.config.get_user().is_none_or(str::is_empty) {
+    if config.get_user().is_none_or(str::is_empty) {
         return Err(Error::Uri("it names no user"));
     }
     let nul = |name: Option<&str>| name.is_some_and(|name| name.contains('\0'));
-    if nul(parsed.config.get_user()) || nul(parsed.config.get_dbname()) {
+    if nul(config.get_user()) || nul(config.get_dbname()) {
         return Err(Error::Uri("its user or database has a NUL character in its name"));
     }
-    if parsed.config.get_hosts().len() > 1 {
-        // Of several servers only one takes writes; without this, a standby that answers first would be the end of it.
-        parsed.writable = true;
-    }
-    // Found out by `connection`, which opens the connections itself.
-    parsed.config.target_session_attrs(TargetSessionAttrs::Any);
-    Ok(parsed)
+    Ok(())
 }
 
 /// The user and password, and the rest, of what follows the scheme: at the one `@` behind which an address can stand.

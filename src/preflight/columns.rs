@@ -4,8 +4,8 @@ use std::mem;
 
 use super::catalog::Column;
 use super::finding::{Checked, Fix, RunAs, Severity, Subject};
-use super::fix::{self, field, part, sql};
-use super::judge::{Judge, quoted};
+use super::fix::{self, field, part, quoted, sql};
+use super::judge::Judge;
 use crate::api::Reason;
 use crate::sweep::plan::Names;
 

@@ -16,6 +16,11 @@ pub fn qualified(schema: &str, name: &str) -> String {
     format!("{}.{}", escape_identifier(schema), escape_identifier(name))
 }
 
+/// A name, quoted.
+pub fn quoted(name: &str) -> String {
+    escape_identifier(name)
+}
+
 /// Names, quoted and joined by commas.
 pub fn names<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     names.into_iter().map(escape_identifier).collect::<Vec<_>>().join(", ")

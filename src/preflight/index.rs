@@ -62,8 +62,7 @@ impl Wanted<'_> {
         let own = own.filter(|(_, index)| index.parent.is_none() && !index.constraint && self.is_served_by(index));
         let drop = |(node, index): (&Node, &Index)| {
             let concurrently = if node.kind == "p" { "" } else { "CONCURRENTLY " };
-            let statement = format!("DROP INDEX {concurrently}{}", qualified(&node.schema, &index.name));
-            fix::part(RunAs::Owner(node.owner.clone()), [statement])
+            by_owner(node, format!("DROP INDEX {concurrently}{}", qualified(&node.schema, &index.name)))
         };
         fix::in_turn(own.map(drop))
     }
@@ -98,34 +97,48 @@ impl Wanted<'_> {
     /// The statements that bring it about, on the table and each partition, while the application goes on writing.
     /// First come the rights in schemas that this takes.
     pub fn parts(&self, facts: &Catalog) -> Vec<Part> {
-        let (mut statements, mut taken, mut gone) = (vec![], facts.taken.clone(), vec![]);
-        let mut needs = vec![];
-        let by = |node: &Node, statement: String| fix::part(RunAs::Owner(node.owner.clone()), [statement]);
         let all = || nodes(facts).flat_map(|node| node.indexes.iter().map(move |index| (node, index)));
         // One that is broken and part of the parent's cannot be dropped alone: the whole goes and comes anew.
-        for (_, broken) in all().filter(|(node, index)| node.kind != "p" && !index.valid && self.is(index)) {
-            let Some(whole) = broken.parent.map(|parent| topmost(facts, parent)) else { continue };
-            if !gone.contains(&whole)
-                && let Some((node, index)) = all().find(|(_, index)| index.oid == whole)
-            {
-                statements.push(by(node, format!("DROP INDEX {}", qualified(&node.schema, &index.name))));
-                gone.push(whole);
-            }
-        }
+        let broken = all().filter(|(node, index)| node.kind != "p" && !index.valid && self.is(index));
+        let mut gone = vec![];
+        let mut statements = drop_wholes(facts, broken.filter_map(|(_, index)| index.parent), &mut gone);
         // One that has all its parts and never became valid, since the last to lack one went: nothing wakes it. Its parts
         // serve until there are others.
-        let mut last = vec![];
-        for stuck in all().filter(|(node, index)| self.is_own(node, index) && is_stuck(facts, node, index)) {
-            let whole = topmost(facts, stuck.1.oid);
-            if !gone.contains(&whole)
-                && let Some((node, index)) = all().find(|(_, index)| index.oid == whole)
-            {
-                last.push(by(node, format!("DROP INDEX {}", qualified(&node.schema, &index.name))));
-                gone.push(whole);
+        let stuck = all().filter(|(node, index)| self.is_own(node, index) && is_stuck(facts, node, index));
+        let last = drop_wholes(facts, stuck.map(|(_, index)| index.oid), &mut gone);
+        let mut needs = vec![];
+        let attach = self.create_missing(facts, &gone, &mut statements, &mut needs);
+        // From below, so that each is whole when it becomes a part.
+        for (node, name, index) in attach.iter().rev() {
+            let Some((above, whole, whole_index)) =
+                node.parent.and_then(|parent| attach.iter().find(|(above, ..)| above.oid == parent))
+            else {
+                continue;
+            };
+            let attached = index.and_then(|index| index.parent);
+            if attached.is_none() || attached != whole_index.map(|whole| whole.oid) {
+                let (whole, name) = (qualified(&above.schema, whole), qualified(&node.schema, name));
+                statements.push(by_owner(above, format!("ALTER INDEX {whole} ATTACH PARTITION {name}")));
+                needs.push((above.owner.as_str(), node.schema.as_str(), Does::Names));
             }
         }
+        statements.extend(last);
+        let mut parts = fix::grants(&facts.schemas, needs);
+        parts.extend(fix::in_turn(statements));
+        parts
+    }
+
+    /// Creates what the table and each partition lack, apart from indexes that are `gone`. What each has then, from the top:
+    /// the index by its name, and as it is if it is there already.
+    fn create_missing<'a>(
+        &self,
+        facts: &'a Catalog,
+        gone: &[i64],
+        statements: &mut Vec<Part>,
+        needs: &mut Vec<(&'a str, &'a str, Does)>,
+    ) -> Vec<(&'a Node, String, Option<&'a Index>)> {
+        let mut taken = facts.taken.clone();
         let is_gone = |index: &Index| gone.contains(&topmost(facts, index.oid));
-        // What is to be attached: the node, its index by name and by number if it is there already.
         let mut attach: Vec<(&Node, String, Option<&Index>)> = vec![];
         // A partition on another server has no index.
         for node in nodes(facts).filter(|node| node.kind != "f") {
@@ -143,33 +156,16 @@ impl Wanted<'_> {
             }
             for broken in node.indexes.iter().filter(own).filter(|index| !index.valid && index.parent.is_none()) {
                 let drop = format!("DROP INDEX CONCURRENTLY {}", qualified(&node.schema, &broken.name));
-                statements.push(by(node, drop));
+                statements.push(by_owner(node, drop));
                 taken.retain(|(schema, name)| *schema != node.schema || *name != broken.name);
             }
             let name = self.name(&node.schema, &node.name, &mut taken);
             let create = if partitioned { Self::create_parent } else { Self::create };
-            statements.push(by(node, create(self, &name, &node.schema, &node.name)));
+            statements.push(by_owner(node, create(self, &name, &node.schema, &node.name)));
             needs.push((node.owner.as_str(), node.schema.as_str(), Does::Creates));
             attach.push((node, name, None));
         }
-        // From below, so that each is whole when it becomes a part.
-        for (node, name, index) in attach.iter().rev() {
-            let Some((above, whole, whole_index)) =
-                node.parent.and_then(|parent| attach.iter().find(|(above, ..)| above.oid == parent))
-            else {
-                continue;
-            };
-            let attached = index.and_then(|index| index.parent);
-            if attached.is_none() || attached != whole_index.map(|whole| whole.oid) {
-                let (whole, name) = (qualified(&above.schema, whole), qualified(&node.schema, name));
-                statements.push(by(above, format!("ALTER INDEX {whole} ATTACH PARTITION {name}")));
-                needs.push((above.owner.as_str(), node.schema.as_str(), Does::Names));
-            }
-        }
-        statements.extend(last);
-        let mut parts = fix::grants(&facts.schemas, needs);
-        parts.extend(fix::in_turn(statements));
-        parts
+        attach
     }
 
     /// Whether an index is one to build on. That of a constraint takes no parts but those of constraints.
@@ -182,6 +178,25 @@ impl Wanted<'_> {
 fn nodes(facts: &Catalog) -> impl Iterator<Item = &Node> {
     let partitioned = facts.tree.first().is_some_and(|table| table.kind == "p");
     facts.tree.iter().take(if partitioned { usize::MAX } else { 1 })
+}
+
+fn by_owner(node: &Node, statement: String) -> Part {
+    fix::part(RunAs::Owner(node.owner.clone()), [statement])
+}
+
+/// Drops the whole indexes that these are parts of, and remembers those as `gone`.
+fn drop_wholes(facts: &Catalog, parts: impl Iterator<Item = i64>, gone: &mut Vec<i64>) -> Vec<Part> {
+    let mut statements = vec![];
+    for whole in parts.map(|part| topmost(facts, part)) {
+        let mut all = nodes(facts).flat_map(|node| node.indexes.iter().map(move |index| (node, index)));
+        if !gone.contains(&whole)
+            && let Some((node, index)) = all.find(|(_, index)| index.oid == whole)
+        {
+            statements.push(by_owner(node, format!("DROP INDEX {}", qualified(&node.schema, &index.name))));
+            gone.push(whole);
+        }
+    }
+    statements
 }
 
 /// Whether an index of a partitioned table is not valid although each partition has its valid part.

@@ -1,6 +1,7 @@
 //! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `columns`, `types`, `index`), tries the values
 //! (`values`) and says what fixes what it found (`finding`, `fix`).
 
+mod batch;
 mod catalog;
 mod columns;
 mod dependants;
@@ -68,12 +69,12 @@ async fn look(session: &Session, plan: &Plan) -> Result<Checked, Error> {
         Ok(steps) => {
             try_values(session, plan, &facts, &mut checked).await?;
             let completion = completion_indexes(session, plan, &facts).await?;
-            judge::statement(&steps, completion.as_deref(), &facts, &mut checked);
+            batch::judge(&steps, completion.as_deref(), &facts, &mut checked);
         }
         Err(error) if error.class() == Class::Transient && error.reason() != Reason::DatabaseError => {
             return Err(error);
         }
-        Err(error) => judge::refused_statement(&error, &mut checked),
+        Err(error) => batch::judge_refusal(&error, &mut checked),
     }
     Ok(checked)
 }

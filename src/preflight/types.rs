@@ -3,8 +3,8 @@
 use super::catalog::Column;
 use super::dependants::Hold;
 use super::finding::{Checked, Fix, Severity, Subject};
-use super::fix::{self, field};
-use super::judge::{Judge, quoted};
+use super::fix::{self, field, quoted};
+use super::judge::Judge;
 use crate::api::Reason;
 
 use Severity::{Blocking, NotReady, Warning};

@@ -2,8 +2,7 @@
 
 use super::catalog::{Catalog, Column, Constraint, Table};
 use super::finding::{Checked, Severity, Subject};
-use super::fix::{self, field, qualified};
-use super::judge::quoted;
+use super::fix::{self, field, qualified, quoted};
 use crate::api::Reason;
 use crate::database::Error;
 use crate::sweep::Plan;

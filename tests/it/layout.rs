@@ -9,10 +9,10 @@ const LAYERS: [&str; 9] =
     ["cli", "controller", "preflight", "sweep", "database", "telemetry", "credentials", "schedule", "api"];
 
 /// The most lines of a file without its tests.
-const LONGEST_FILE: usize = 470;
+const LONGEST_FILE: usize = 399;
 
 /// The most lines of a function.
-const LONGEST_FUNCTION: usize = 105;
+const LONGEST_FUNCTION: usize = 60;
 
 /// A path from the crate's root, such as `["sweep", "plan", "Plan"]`.
 type ModulePath = Vec<String>;

@@ -156,7 +156,7 @@ pub async fn elect(
     let lease = format!("Lease {}/{}", settings.namespace, settings.name);
     let candidate = Candidate::new(settings);
     let mut election = Election { api, candidate, held: None, leads_until: None, leadership, stop: stop.clone() };
-    let (mut told, mut complained) = (None, String::new());
+    let mut reported = Reported { lease, holder: None, complaint: String::new() };
     loop {
         match election.leads_until {
             None if stop.is_cancelled() => return,
@@ -173,40 +173,11 @@ pub async fn elect(
             outcome = timeout(limit, election.attempt()) => outcome.unwrap_or(Err(ApiError::Timeout(limit))),
             () = until(end) => Err(ApiError::Timeout(limit)),
         };
-        match &outcome {
-            Ok(()) => {
-                complained.clear();
-                readiness.set(PART, None);
-            }
-            Err(error) => {
-                if error.is_failure() {
-                    instruments.api_request_failed(Operation::Lease);
-                }
-                let hint = match error.code() {
-                    Some(403) => "; grant get, create and update on leases",
-                    Some(404) => "; name a namespace that is there with --lease-namespace",
-                    _ => "",
-                };
-                let complaint = format!("{error}{hint}");
-                readiness.set(PART, Some(format!("{lease}: {complaint}")));
-                // Once for an outage, not once a second.
-                if complaint != complained {
-                    warn!(lease, error = complaint, "cannot take part in the election; trying again");
-                    complained = complaint;
-                }
-            }
+        if outcome.as_ref().is_err_and(ApiError::is_failure) {
+            instruments.api_request_failed(Operation::Lease);
         }
         election.update(Instant::now());
-        let holder = election.candidate.holder().map(str::to_owned);
-        if outcome.is_ok() && holder != told {
-            info!(
-                lease,
-                holder = holder.as_deref().unwrap_or("(nobody)"),
-                leads = election.leads_until.is_some(),
-                "election"
-            );
-            told = holder;
-        }
+        reported.report(&outcome, &election, &readiness);
         let settings = &election.candidate.settings;
         let pause = match election.leads_until {
             Some(end) => (Instant::now() + settings.renew_period()).min(end),
@@ -220,8 +191,46 @@ pub async fn elect(
         }
     }
     match timeout(RELEASE_TIMEOUT, election.release()).await.unwrap_or(Err(ApiError::Timeout(RELEASE_TIMEOUT))) {
-        Ok(()) => info!(lease, "given back"),
-        Err(error) => warn!(lease, error = %error, "could not be given back; it will run out"),
+        Ok(()) => info!(lease = reported.lease, "given back"),
+        Err(error) => warn!(lease = reported.lease, error = %error, "could not be given back; it will run out"),
+    }
+}
+
+/// What was said of the election, so that it is said once.
+struct Reported {
+    lease: String,
+    holder: Option<String>,
+    /// Empty once an attempt went well.
+    complaint: String,
+}
+
+impl Reported {
+    /// Says what came of an attempt.
+    fn report(&mut self, outcome: &Result<(), ApiError>, election: &Election, readiness: &Readiness) {
+        let lease = &self.lease;
+        let Err(error) = outcome else {
+            self.complaint.clear();
+            readiness.set(PART, None);
+            let holder = election.candidate.holder().map(str::to_owned);
+            if holder != self.holder {
+                let leads = election.leads_until.is_some();
+                info!(lease, holder = holder.as_deref().unwrap_or("(nobody)"), leads, "election");
+                self.holder = holder;
+            }
+            return;
+        };
+        let hint = match error.code() {
+            Some(403) => "; grant get, create and update on leases",
+            Some(404) => "; name a namespace that is there with --lease-namespace",
+            _ => "",
+        };
+        let complaint = format!("{error}{hint}");
+        readiness.set(PART, Some(format!("{lease}: {complaint}")));
+        // Once for an outage, not once a second.
+        if complaint != self.complaint {
+            warn!(lease, error = complaint, "cannot take part in the election; trying again");
+            self.complaint = complaint;
+        }
     }
 }
 

@@ -65,30 +65,7 @@ pub fn events(result: &AttemptResult, old: &AuditLogSweeperStatus, new: &AuditLo
         events.push(Event::new(true, "ScheduleRepaired", "Schedule", note));
     }
     if let Some(attempt) = result.sweep() {
-        let timed_out = attempt.report.timed_out;
-        if timed_out > 0 {
-            let note = format!(
-                "completed {timed_out} rows as timed out: their requests never completed them, which may mean crashes \
-                 upstream"
-            );
-            events.push(Event::new(true, "RowsTimedOut", "Sweep", note));
-        }
-        let outcome = |status: &AuditLogSweeperStatus| status.last_sweep.as_ref().map(|sweep| sweep.outcome);
-        if outcome(new) == Some(Outcome::LimitReached) && outcome(old) != Some(Outcome::LimitReached) {
-            let left = new.backlog.as_ref().map_or("an unknown number of", |backlog| backlog.display.as_str());
-            let note = format!("the sweep stopped at spec.limit; {left} stale rows wait for the next ones");
-            events.push(Event::new(false, "LimitReached", "Sweep", note));
-        }
-        // Where the next sweep begins changes with every one, and is no news.
-        let refused = |status: &AuditLogSweeperStatus| {
-            let refused = status.unsweepable.clone().filter(|refused| refused.count > 0);
-            refused.map(|refused| Unsweepable { resume_after: None, ..refused })
-        };
-        if let Some(Unsweepable { count, ids, .. }) = refused(new).filter(|now| refused(old).as_ref() != Some(now)) {
-            let which = if ids.is_empty() { String::new() } else { format!(": {}", ids.join(", ")) };
-            let note = format!("the database refuses to complete {count} rows{which}; see status.unsweepable");
-            events.push(Event::new(true, "UnsweepableRow", "Sweep", note));
-        }
+        events.extend(of_sweep(attempt.report.timed_out, old, new));
     }
     if let Some(error) = new.last_error.as_ref().filter(|_| new.consecutive_failures > 0) {
         let before = old.last_error.as_ref().filter(|_| old.consecutive_failures > 0);
@@ -99,6 +76,35 @@ pub fn events(result: &AttemptResult, old: &AuditLogSweeperStatus, new: &AuditLo
     if old.consecutive_failures > 0 && new.consecutive_failures == 0 {
         let note = format!("went well after {} failures", old.consecutive_failures);
         events.push(Event::new(false, "Recovered", "Sweep", note));
+    }
+    events
+}
+
+/// What a sweep that completed so many rows tells of them.
+fn of_sweep(timed_out: i64, old: &AuditLogSweeperStatus, new: &AuditLogSweeperStatus) -> Vec<Event> {
+    let mut events = vec![];
+    if timed_out > 0 {
+        let note = format!(
+            "completed {timed_out} rows as timed out: their requests never completed them, which may mean crashes \
+                 upstream"
+        );
+        events.push(Event::new(true, "RowsTimedOut", "Sweep", note));
+    }
+    let outcome = |status: &AuditLogSweeperStatus| status.last_sweep.as_ref().map(|sweep| sweep.outcome);
+    if outcome(new) == Some(Outcome::LimitReached) && outcome(old) != Some(Outcome::LimitReached) {
+        let left = new.backlog.as_ref().map_or("an unknown number of", |backlog| backlog.display.as_str());
+        let note = format!("the sweep stopped at spec.limit; {left} stale rows wait for the next ones");
+        events.push(Event::new(false, "LimitReached", "Sweep", note));
+    }
+    // Where the next sweep begins changes with every one, and is no news.
+    let refused = |status: &AuditLogSweeperStatus| {
+        let refused = status.unsweepable.clone().filter(|refused| refused.count > 0);
+        refused.map(|refused| Unsweepable { resume_after: None, ..refused })
+    };
+    if let Some(Unsweepable { count, ids, .. }) = refused(new).filter(|now| refused(old).as_ref() != Some(now)) {
+        let which = if ids.is_empty() { String::new() } else { format!(": {}", ids.join(", ")) };
+        let note = format!("the database refuses to complete {count} rows{which}; see status.unsweepable");
+        events.push(Event::new(true, "UnsweepableRow", "Sweep", note));
     }
     events
 }
