@@ -6,6 +6,7 @@ use std::fmt;
 use std::num::NonZeroU16;
 
 use k8s_openapi::ByteString;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use crate::api::Reason;
 use crate::api::spec::{Database, SecretKeyRef, Tls, TlsMode};
@@ -225,14 +226,11 @@ fn bracketed(host: &str) -> String {
     }
 }
 
-/// Percent-encodes all but the unreserved characters of RFC 3986.
+/// All but the unreserved characters of RFC 3986.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
 fn encode(part: &str) -> String {
-    part.bytes()
-        .map(|byte| match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
-            _ => format!("%{byte:02X}"),
-        })
-        .collect()
+    utf8_percent_encode(part, ENCODED).to_string()
 }
 
 #[cfg(test)]

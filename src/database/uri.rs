@@ -1,6 +1,7 @@
 //! Reads a connection URI as Secrets hold it, before the driver does: passwords that nobody encoded, and parameters
 //! that are meant for other programs.
 
+use percent_encoding::percent_decode_str;
 use tokio_postgres::Config;
 use tokio_postgres::config::{Host, TargetSessionAttrs};
 
@@ -229,20 +230,12 @@ fn check_address(address: &str) -> Result<(), &'static str> {
 
 /// Decodes `%40` and the like, unless a `%` stands there that encodes nothing: then nobody encoded the text.
 fn decode(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        if byte != b'%' {
-            bytes.push(byte);
-            continue;
-        }
-        let mut digit = || char::from(rest.next()?).to_digit(16);
-        match (digit(), digit()) {
-            (Some(high), Some(low)) => bytes.push(u8::try_from(high * 16 + low).unwrap_or_default()),
-            _ => return text.to_owned(),
-        }
+    let is_hex = |c: Option<char>| c.is_some_and(|c| c.is_ascii_hexdigit());
+    let encodes = |after: &str| is_hex(after.chars().next()) && is_hex(after.chars().nth(1));
+    if !text.split('%').skip(1).all(encodes) {
+        return text.to_owned();
     }
-    String::from_utf8(bytes).unwrap_or_else(|_| text.to_owned())
+    percent_decode_str(text).decode_utf8().map_or_else(|_| text.to_owned(), Into::into)
 }
 
 fn tls_mode(value: &str) -> Result<TlsMode, Error> {

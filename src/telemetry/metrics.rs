@@ -2,15 +2,14 @@
 //! the handles here; what can be read off its state is read at each scrape, so that it can neither be stale nor be forgotten.
 
 mod object;
-mod plain;
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::text;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::encoding::{prometheus_text, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
@@ -22,7 +21,10 @@ use prometheus_client::registry::Registry;
 pub use object::{Counts, GAUGES, ObjectSeries, invalid, values};
 
 /// What `/metrics` answers with to those who ask for it.
-const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The older format, for all others: curl, promtool, and scrapers that know nothing else.
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The begin of every name.
 const PREFIX: &str = "audit_log_sweeper";
@@ -169,15 +171,13 @@ impl Metrics {
     /// # Errors
     /// None that a String can have.
     pub fn answer(&self, accept: &str) -> Result<(&'static str, String), fmt::Error> {
-        let exposition = self.encode()?;
-        let asked_for = accept.contains("application/openmetrics-text");
-        Ok(if asked_for { (CONTENT_TYPE, exposition) } else { (plain::CONTENT_TYPE, plain::plain(&exposition)) })
-    }
-
-    fn encode(&self) -> Result<String, fmt::Error> {
         let mut exposition = String::new();
-        text::encode(&mut exposition, &self.registry)?;
-        Ok(exposition)
+        if accept.contains("application/openmetrics-text") {
+            text::encode(&mut exposition, &self.registry)?;
+            return Ok((OPENMETRICS, exposition));
+        }
+        prometheus_text::encode(&mut exposition, &self.registry)?;
+        Ok((PROMETHEUS, exposition))
     }
 }
 
@@ -257,7 +257,7 @@ mod tests {
         metrics.instruments.swept(Duration::from_millis(20));
         metrics.instruments.began_after(Duration::from_secs(3));
         metrics.instruments.api_request_failed(Operation::Lease);
-        let text = metrics.encode().unwrap();
+        let text = metrics.answer("application/openmetrics-text").unwrap().1;
         for line in [
             "audit_log_sweeper_sweep_duration_seconds_bucket{le=\"0.01\"} 0",
             "audit_log_sweeper_sweep_duration_seconds_bucket{le=\"0.025\"} 1",
@@ -270,6 +270,15 @@ mod tests {
         }
         assert!(!text.contains("namespace="), "{text}");
         assert!(text.ends_with("# EOF\n"), "{text}");
+        let (kind, older) = metrics.answer("*/*").unwrap();
+        assert_eq!(kind, PROMETHEUS);
+        for line in [
+            "# TYPE audit_log_sweeper_api_request_failures_total counter",
+            "audit_log_sweeper_api_request_failures_total{operation=\"lease\"} 1",
+            "# TYPE audit_log_sweeper_build_info gauge",
+        ] {
+            assert!(older.lines().any(|found| found == line), "{line}: {older}");
+        }
     }
 
     #[test]
@@ -287,14 +296,14 @@ mod tests {
             let all = if scrape == 0 { vec![series("a"), series("quo\"te")] } else { vec![] };
             Snapshot { sweeps_in_flight: scrape, objects: 7, leader: true, series: all }
         });
-        let text = metrics.encode().unwrap();
+        let text = metrics.answer("application/openmetrics-text").unwrap().1;
         assert!(text.contains("audit_log_sweeper_ready{namespace=\"ns\",name=\"a\"} 0\n"), "{text}");
         assert!(text.contains("{namespace=\"ns\",name=\"quo\\\"te\"}"), "{text}");
         assert!(
             text.contains("audit_log_sweeper_objects 7\n") && text.contains("audit_log_sweeper_leader 1\n"),
             "{text}"
         );
-        let text = metrics.encode().unwrap();
+        let text = metrics.answer("application/openmetrics-text").unwrap().1;
         assert!(!text.contains("namespace=") && text.contains("audit_log_sweeper_sweeps_in_flight 1\n"), "{text}");
     }
 }
