@@ -2,12 +2,13 @@
 
 mod database;
 
-use crate::{image, root};
+use crate::image;
 use anyhow::{Context, bail, ensure};
 use database::{CA, Log};
 use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use support::build::root;
 use support::process::output;
 use support::random_hex;
 use support::tools::Tools;

@@ -6,11 +6,11 @@ mod performance;
 mod reasons;
 mod screens;
 
-use crate::{build_operator, root};
 use anyhow::{Context, bail};
 use similar::TextDiff;
 use std::fs;
 use std::process::Command;
+use support::build::{build_operator, root};
 use support::process::output;
 
 /// What `kubectl apply` takes, and what the chart reads.

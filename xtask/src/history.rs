@@ -1,8 +1,8 @@
 //! `cargo xtask history`: plays a long history of writers, sweepers and killed backends, and checks every promise on it.
 
-use crate::cargo;
 use anyhow::Context;
 use std::process::ExitCode;
+use support::build::cargo;
 use support::postgres::Binaries;
 
 pub fn run(seconds: u64, seed: u64) -> anyhow::Result<ExitCode> {

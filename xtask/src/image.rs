@@ -3,7 +3,6 @@
 mod check;
 mod sbom;
 
-use crate::{Built, cargo, compile, root};
 use anyhow::{Context, bail, ensure};
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -13,6 +12,7 @@ use std::env::consts::ARCH;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use support::build::{Built, cargo, compile, root};
 use support::process::output;
 use support::progress;
 

@@ -1,11 +1,11 @@
 //! `cargo xtask mutants`: breaks the sweep on purpose, one promise at a time, and sees that a test notices.
 
-use crate::root;
 use anyhow::{Context, ensure};
 use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
+use support::build::root;
 use support::process::output;
 
 /// A change to the code, and whether the database suite must notice it.

@@ -2,7 +2,6 @@
 
 mod lane;
 
-use crate::cargo;
 use anyhow::{Context, ensure};
 use lane::Lane;
 use std::fs;
@@ -10,6 +9,7 @@ use std::io::Write;
 use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Instant;
+use support::build::cargo;
 use support::postgres::Binaries;
 use support::process::output;
 use support::tools::Tools;

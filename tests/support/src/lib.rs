@@ -1,6 +1,7 @@
 //! The real parts that the tests and the demo run on: they are found or built once, started on loopback, and never outlive us.
 
 pub mod bouncer;
+pub mod build;
 pub mod cache;
 pub mod certificates;
 pub mod control_plane;

@@ -3,12 +3,13 @@
 mod screen;
 mod table;
 
-use crate::{build_operator, generate, root};
+use crate::generate;
 use anyhow::{Context, bail, ensure};
 use screen::{Rows, Screen};
 use serde_json::Value;
 use std::path::Path;
 use std::time::{Duration, Instant};
+use support::build::{build_operator, root};
 use support::control_plane::ControlPlane;
 use support::postgres::{Binaries, PostgresOptions, PostgresServer};
 use support::process::{Process, Program, output};

@@ -1,9 +1,9 @@
 //! The demo's audit log in PostgreSQL: made by the SQL that users run, filled, and looked at after the sweeps.
 
 use super::screen::Screen;
-use crate::root;
 use anyhow::Context;
 use std::fs;
+use support::build::root;
 use support::postgres::PostgresServer;
 
 pub const COMPLETED: i64 = 200_000;

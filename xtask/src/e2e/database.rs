@@ -1,10 +1,10 @@
 //! The database of the end-to-end run: PostgreSQL on this machine, which pods reach by the name of a Service.
 
-use crate::root;
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
+use support::build::root;
 use support::postgres::{PostgresOptions, PostgresServer};
 use support::random_hex;
 

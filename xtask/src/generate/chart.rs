@@ -1,11 +1,11 @@
 //! What is made from the chart: the table of values in its README, and the manifest for those who do without Helm.
 
-use crate::root;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
+use support::build::root;
 use support::process::output;
 use support::tools::Tools;
 

@@ -1,9 +1,9 @@
 //! The document with what was measured, made from the files of results that are kept in the repository.
 
-use crate::bench::findings;
-use crate::bench::results::{self, Results};
-use crate::bench::tables::verdicts;
-use crate::root;
+use bench::findings;
+use bench::results::{self, Results};
+use bench::tables::verdicts;
+use support::build::root;
 
 pub const DOCUMENT: &str = "docs/performance.md";
 
@@ -149,7 +149,7 @@ fn chapter(title: &str, about: &str, results: &Results) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::{Part, Sample, Samples};
+    use bench::results::{Part, Sample, Samples};
     use std::collections::BTreeMap;
 
     #[test]

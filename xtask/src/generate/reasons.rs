@@ -1,10 +1,10 @@
 //! The tables of reasons in docs/operating.md, as the operator prints them.
 
-use crate::root;
 use anyhow::Context;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use support::build::root;
 use support::process::output;
 
 pub const DOCUMENT: &str = "docs/operating.md";

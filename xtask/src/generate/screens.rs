@@ -1,10 +1,10 @@
 //! The screens in the README: what the program prints of docs/screens.yaml, as of a fixed time.
 
-use crate::root;
 use anyhow::Context;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use support::build::root;
 use support::process::output;
 
 pub const README: &str = "README.md";

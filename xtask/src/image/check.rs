@@ -1,12 +1,12 @@
 //! `cargo xtask image --check`: that a commit makes one image wherever it is built, and that its binary is ready at once.
 
 use super::{Image, VERSION, build};
-use crate::root;
 use anyhow::{Context, bail, ensure};
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::Command;
 use std::time::{Duration, Instant};
+use support::build::root;
 use support::control_plane::ControlPlane;
 use support::process::{Program, output};
 use support::scratch::Scratch;

@@ -1,7 +1,6 @@
 //! The bill of materials beside the image, as CycloneDX 1.5: every crate in its binary, with version, licence and checksum.
 
 use super::Commit;
-use crate::{Built, cargo};
 use anyhow::{Context, ensure};
 use cyclonedx_bom::models::component::Classification;
 use cyclonedx_bom::models::hash::{Hash, HashAlgorithm, HashValue, Hashes};
@@ -12,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use support::build::{Built, cargo};
 use support::process::output;
 
 const OPERATOR: &str = "audit-log-sweeper";

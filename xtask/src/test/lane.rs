@@ -1,6 +1,5 @@
 //! One run of tests for `cargo xtask test`, in temporary folders of its own, and what is looked for after it.
 
-use crate::cargo;
 use anyhow::{Context, ensure};
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -8,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::thread::{available_parallelism, sleep};
 use std::time::{Duration, Instant};
+use support::build::cargo;
 use support::postgres::hostile;
 use support::process::output;
 use support::scratch::Scratch;

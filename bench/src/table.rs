@@ -1,10 +1,10 @@
 //! The audit logs that are swept: made once for each layout as a template, copied for every run, and looked at after it.
 
 use super::steps::Steps;
-use crate::root;
 use anyhow::{Context, ensure};
 use std::collections::BTreeSet;
 use std::fs;
+use support::build::root;
 use support::postgres::PostgresServer;
 use support::progress;
 use tokio_postgres::Client;

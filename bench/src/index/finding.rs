@@ -1,9 +1,9 @@
 //! The table of what the sweep's index costs the application, made of its samples alone. Pure.
 
 use super::Subject;
-use crate::bench::findings::shown;
-use crate::bench::results::Samples;
-use crate::bench::tables::{Finding, Table};
+use crate::findings::shown;
+use crate::results::Samples;
+use crate::tables::{Finding, Table};
 
 /// The last interval has felt most of what earlier requests left in the index.
 const RATE: &str = "rate 3";
@@ -39,7 +39,7 @@ pub fn finding(samples: &Samples) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::Sample;
+    use crate::results::Sample;
 
     const CASE: &str = "healthy, autovacuum off";
 

@@ -18,13 +18,13 @@ mod sweep;
 mod table;
 pub mod tables;
 
-use crate::{cargo, root};
 use anyhow::bail;
 use clap::{Args, Subcommand};
 use std::future::Future;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use support::build::{cargo, root};
 use support::progress;
 
 /// Optimized; also the program that makes the load is built so.

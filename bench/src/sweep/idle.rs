@@ -2,10 +2,10 @@
 //! rows lie in its way.
 
 use super::Bench;
-use crate::bench::results::{Sample, Samples};
-use crate::bench::steps::Steps;
-use crate::bench::subjects::Subject;
-use crate::bench::table::{self, Layout, one};
+use crate::results::{Sample, Samples};
+use crate::steps::Steps;
+use crate::subjects::Subject;
+use crate::table::{self, Layout, one};
 use anyhow::{Context, ensure};
 use std::time::Duration;
 use support::postgres::PostgresServer;
@@ -35,7 +35,7 @@ impl Bench<'_> {
         for round in 0..rounds {
             steps.next("");
             for rows in super::rotated(&sizes, round) {
-                let case = format!("{} rows, vacuumed", crate::bench::stats::number(rows as f64));
+                let case = format!("{} rows, vacuumed", crate::stats::number(rows as f64));
                 samples.push(self.sweep_idle(&name(rows), &case, round).await?);
             }
         }
@@ -59,7 +59,7 @@ impl Bench<'_> {
             .await?;
         client.batch_execute("CHECKPOINT").await?;
         self.logged("churn").await?;
-        let case = format!("{} completed, not vacuumed", crate::bench::stats::number(rows as f64));
+        let case = format!("{} completed, not vacuumed", crate::stats::number(rows as f64));
         self.series("churn", &case, samples).await?;
         client.batch_execute("VACUUM audit_log").await?;
         samples.push(self.sweep_idle("churn", &format!("{case}: vacuumed then"), 0).await?);
@@ -74,7 +74,7 @@ impl Bench<'_> {
         let old = copy.connect().await?;
         old.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM pg_class").await?;
         self.time(Subject::Ours, &copy).await?;
-        let case = format!("{} swept beside an old snapshot", crate::bench::stats::number(self.options.stale as f64));
+        let case = format!("{} swept beside an old snapshot", crate::stats::number(self.options.stale as f64));
         self.series("run", &case, samples).await?;
         old.batch_execute("COMMIT").await?;
         old.batch_execute("VACUUM audit_log").await?;

@@ -11,7 +11,7 @@ use support::scratch::Scratch;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::bench::sweep::resident;
+use crate::sweep::resident;
 
 /// How often it is looked after while it is waited for.
 const PAUSE: Duration = Duration::from_millis(200);

@@ -221,7 +221,7 @@ fn controller(samples: &Samples) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::Sample;
+    use crate::results::Sample;
 
     fn words(finding: &Finding) -> Vec<&'static str> {
         finding.verdicts.iter().map(Verdict::word).collect()

@@ -1,9 +1,9 @@
 //! How much memory the program takes while it drains as much as a sweep may.
 
 use super::Bench;
-use crate::bench::results::{Sample, Samples};
-use crate::bench::subjects::Subject;
-use crate::bench::table;
+use crate::results::{Sample, Samples};
+use crate::subjects::Subject;
+use crate::table;
 use anyhow::{Context, ensure};
 use std::fs;
 use std::time::{Duration, Instant};

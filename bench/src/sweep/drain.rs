@@ -2,11 +2,11 @@
 //! network.
 
 use super::{Bench, rotated};
-use crate::bench::relay::Relay;
-use crate::bench::results::{Sample, Samples};
-use crate::bench::steps::Steps;
-use crate::bench::subjects::Subject;
-use crate::bench::table::{Layout, Statistics};
+use crate::relay::Relay;
+use crate::results::{Sample, Samples};
+use crate::steps::Steps;
+use crate::subjects::Subject;
+use crate::table::{Layout, Statistics};
 use anyhow::ensure;
 use std::time::{Duration, Instant};
 

@@ -12,12 +12,12 @@ use super::results::{Part, Samples};
 use super::subjects::{Means, Subject};
 use super::table::{Copy, Layout, Templates};
 use super::{Output, PROFILE, conclude, machine, until_interrupted};
-use crate::build_operator;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
+use support::build::build_operator;
 use support::postgres::{Binaries, PostgresOptions, PostgresServer};
 use support::progress;
 

@@ -1,12 +1,12 @@
 //! What the application feels while a backlog is drained.
 
 use super::{Bench, rotated};
-use crate::bench::load::{Latencies, Load, capacity};
-use crate::bench::results::{Sample, Samples};
-use crate::bench::stats::percentile;
-use crate::bench::steps::Steps;
-use crate::bench::subjects::Subject;
-use crate::bench::table::{Copy, Layout, Statistics, Templates};
+use crate::load::{Latencies, Load, capacity};
+use crate::results::{Sample, Samples};
+use crate::stats::percentile;
+use crate::steps::Steps;
+use crate::subjects::Subject;
+use crate::table::{Copy, Layout, Statistics, Templates};
 use anyhow::Context;
 use std::time::{Duration, Instant};
 use support::progress;

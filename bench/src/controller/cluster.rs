@@ -1,9 +1,8 @@
 //! What the operator works on: the chart, the objects and their Secrets, the databases; and what the servers saw of it.
 
 use super::{OURS, pause};
-use crate::bench::steps::Steps;
-use crate::bench::table;
-use crate::root;
+use crate::steps::Steps;
+use crate::table;
 use anyhow::{Context, ensure};
 use chrono::{DateTime, Utc};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -17,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use support::build::root;
 use support::control_plane::ControlPlane;
 use support::postgres::PostgresServer;
 use support::process::output;
