@@ -53,8 +53,7 @@ impl Sweeper {
 
     /// The value of the annotation that asks for a sweep now, as far as it is looked at.
     pub fn request(&self) -> Option<&str> {
-        let value = self.metadata.annotations.as_ref()?.get(REQUESTED_AT)?;
-        Some(cut(value, MAX_REQUEST))
+        requested(&self.metadata)
     }
 
     /// What an event about it refers to.
@@ -71,6 +70,11 @@ impl Sweeper {
             field_path: None,
         }
     }
+}
+
+/// The same of an object that was not validated.
+pub fn requested(metadata: &ObjectMeta) -> Option<&str> {
+    Some(cut(metadata.annotations.as_ref()?.get(REQUESTED_AT)?, MAX_REQUEST))
 }
 
 #[cfg(test)]

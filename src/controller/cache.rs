@@ -23,12 +23,26 @@ pub struct CacheEntry {
     pub checked: Option<Seen>,
     /// The last spec that was valid.
     pub valid: Option<ValidSpec>,
-    /// The server that its database was on when it was last looked up.
-    pub server: Option<String>,
-    /// API requests that failed in a row, for the backoff.
-    pub api_failures: u32,
+    /// The database server that it has to queue for, and whether for a preflight there.
+    pub queue: Option<Queue>,
+    /// Reconciles that failed in a row, for the backoff.
+    pub failed_reconciles: u32,
     /// What was done for it since this process leads.
     pub counts: Counts,
+}
+
+/// A queue for permits of one database server.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Queue {
+    pub server: String,
+    pub kind: Kind,
+}
+
+/// What permits are for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Kind {
+    Preflight,
+    Sweep,
 }
 
 /// What a preflight was about.
@@ -131,12 +145,12 @@ mod tests {
         let cache = ObjectCache::default();
         cache.change("uid", |entry| {
             entry.not_before = DateTime::from_timestamp(1, 0);
-            entry.api_failures = 2;
+            entry.failed_reconciles = 2;
             entry.counts.rows_timed_out = 3;
         });
         cache.start_term();
         let entry = cache.get("uid");
-        assert_eq!((entry.not_before, entry.counts, entry.api_failures), (None, Counts::default(), 2));
+        assert_eq!((entry.not_before, entry.counts, entry.failed_reconciles), (None, Counts::default(), 2));
     }
 
     #[test]

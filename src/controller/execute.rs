@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::cache::Seen;
+use super::cache::{Kind, Queue, Seen};
 use super::client::ApiError;
 use super::decide::Decision;
 use super::lifecycle::{catch_panic, run_while_owned};
@@ -19,6 +19,7 @@ use super::model::{Done, Slot, SweepAttempt};
 use super::{Context, fetch};
 use crate::api::condition::{self, ConditionType};
 use crate::api::status::Trigger;
+use crate::api::sweeper::requested;
 use crate::api::{Failure, Sweeper};
 use crate::database::Target;
 use crate::preflight::{self, Checked};
@@ -26,12 +27,11 @@ use crate::sweep::report::Ended;
 use crate::sweep::statement::Cursor;
 use crate::sweep::{self, Job, Plan, Report};
 
-/// The turn of an object to be worked on.
-pub struct Turn<'a> {
+/// What an object needs to be worked on.
+pub struct Permits<'a> {
     /// To read it and its Secrets. Waiting objects hold only their key, so 10,000 due objects stay small.
     prepare: SemaphorePermit<'a>,
-    /// Of the server that its database was on when it was last looked up. Never of both kinds: who holds one kind and waits
-    /// for the other may wait for ever.
+    /// Of the server that it queued for. Never of both kinds: who holds one kind and waits for the other may wait for ever.
     server: Option<OwnedSemaphorePermit>,
 }
 
@@ -44,31 +44,30 @@ struct Prepared {
     secrets: Vec<String>,
 }
 
-/// Waits until it is the object's turn, at its server too where the limiter has one to wait for.
-pub async fn wait_for_turn<'a>(limiter: Option<&Limiter>, uid: &str, context: &'a Context) -> Option<Turn<'a>> {
-    let server = match (limiter, context.cache.get(uid).server) {
-        (Some(limiter), Some(server)) => limiter.acquire_server(&server).await,
-        _ => None,
+/// Waits for the permits of an object. It queues for its database server once it was found that none is free there.
+pub async fn acquire_permits<'a>(uid: &str, context: &'a Context) -> Option<Permits<'a>> {
+    let queue = context.cache.change(uid, |entry| entry.queue.take());
+    let server = match queue {
+        Some(Queue { server, kind }) => limiter(kind, context).acquire_server(&server).await,
+        None => None,
     };
-    Some(Turn { prepare: context.prepare_slots.acquire().await.ok()?, server })
+    Some(Permits { prepare: context.prepare_slots.acquire().await.ok()?, server })
 }
 
-/// What bounds how many objects of which that was decided are worked on at once. Preflights answer to an edit, so long
-/// sweeps do not keep them waiting.
-pub fn limiter<'a>(decision: &Decision, context: &'a Context) -> Option<&'a Limiter> {
-    match decision {
-        Decision::Preflight => Some(&context.preflight_limiter),
-        Decision::Sweep(_) => Some(&context.sweep_limiter),
-        _ => None,
+/// Preflights answer to an edit, so long sweeps do not keep them waiting.
+fn limiter(kind: Kind, context: &Context) -> &Limiter {
+    match kind {
+        Kind::Preflight => &context.preflight_limiter,
+        Kind::Sweep => &context.sweep_limiter,
     }
 }
 
-/// Does what was decided. None: there is nothing to do now, the object is another by now, or the turn was that of another
-/// server.
+/// Does what was decided. None: there is nothing to do now, the object is another by now, or it has to queue for its
+/// database server.
 pub async fn execute(
     decision: Decision,
     sweeper: &Sweeper,
-    turn: Turn<'_>,
+    permits: Permits<'_>,
     context: &Context,
     term: &CancellationToken,
 ) -> Result<Option<Done>, ApiError> {
@@ -84,29 +83,33 @@ pub async fn execute(
             warn!(namespace, name, "a time in the status is one that no sweep can have; computing the schedule anew");
             Ok(Some(Done::Repaired))
         }
-        decision => {
-            let prepared = term.run_until_cancelled(prepare(&decision, sweeper, turn, context)).await;
-            let Some((prepared, permit)) = prepared.flatten() else { return Ok(None) };
+        Decision::Preflight => {
+            let prepared = prepare(Kind::Preflight, sweeper, permits, context);
+            let Some((prepared, permit)) = term.run_until_cancelled(prepared).await.flatten() else { return Ok(None) };
             let stop = term.child_token();
-            let done = async {
-                match decision {
-                    Decision::Sweep(slot) => Ok(sweep(slot, sweeper, prepared, context, &stop).await?.map(Done::Sweep)),
-                    // Nobody waits for the answer any more once it is stopped.
-                    _ => Ok(stop.run_until_cancelled(preflight(sweeper, prepared, context)).await.map(Done::Preflight)),
-                }
-            };
-            let done = Box::pin(run_while_owned(&context.stores, &sweeper.metadata, &stop, done)).await;
+            let work = Box::pin(stop.run_until_cancelled(preflight(sweeper, prepared, context)));
+            let result = run_while_owned(&context.stores, &sweeper.metadata, &stop, work).await;
             drop(permit);
-            done
+            Ok(result.map(Done::Preflight))
+        }
+        Decision::Sweep(slot) => {
+            let began = Instant::now();
+            let prepared = prepare(Kind::Sweep, sweeper, permits, context);
+            let Some((prepared, permit)) = term.run_until_cancelled(prepared).await.flatten() else { return Ok(None) };
+            let stop = term.child_token();
+            let work = Box::pin(sweep(slot, sweeper, prepared, began, context, &stop));
+            let attempt = run_while_owned(&context.stores, &sweeper.metadata, &stop, work).await;
+            drop(permit);
+            Ok(attempt?.map(Done::Sweep))
         }
     }
 }
 
-/// Reads where the database is. None: it is on another server than the turn was for, and has to be queued for there.
+/// Reads where the database is. None: no permit is free there, and the object has to queue for one.
 async fn prepare(
-    decision: &Decision,
+    kind: Kind,
     sweeper: &Sweeper,
-    Turn { prepare, server: mut permit }: Turn<'_>,
+    Permits { prepare, server: mut permit }: Permits<'_>,
     context: &Context,
 ) -> Option<(Result<Prepared, Failure>, Option<OwnedSemaphorePermit>)> {
     let found = fetch::target(&context.server, sweeper, &context.settings.default_roots).await;
@@ -116,9 +119,11 @@ async fn prepare(
         Err(failure) => return Some((Err(failure), None)),
     };
     let server = target.servers();
-    let has_permit = limiter(decision, context).is_none_or(|all| all.try_acquire_server(&server, &mut permit));
-    context.cache.change(sweeper.uid(), |entry| entry.server = Some(server));
-    has_permit.then(|| (Ok(Prepared { plan: Plan::new(&sweeper.spec), target, secrets }), permit))
+    if !limiter(kind, context).try_acquire_server(&server, &mut permit) {
+        context.cache.change(sweeper.uid(), |entry| entry.queue = Some(Queue { server, kind }));
+        return None;
+    }
+    Some((Ok(Prepared { plan: Plan::new(&sweeper.spec), target, secrets }), permit))
 }
 
 async fn preflight(
@@ -149,46 +154,48 @@ async fn sweep(
     slot: Slot,
     sweeper: &Sweeper,
     prepared: Result<Prepared, Failure>,
+    began: Instant,
     context: &Context,
     stop: &CancellationToken,
 ) -> Result<Option<Box<SweepAttempt>>, ApiError> {
     // Nothing came of it yet.
     let report = Report::new(Ok(Ended::Stopped));
     let mut attempt = Box::new(SweepAttempt { slot, start: Utc::now(), checked: None, report });
-    let report = match prepared {
+    let made = match prepared {
         Ok(prepared) => run(&mut attempt, sweeper, &prepared, context, stop).await?,
-        Err(failure) => Some(Report::new(Err(failure))),
+        Err(failure) => Some(Err(failure)),
     };
-    let Some(report) = report else { return Ok(None) };
-    attempt.report = report;
+    match made {
+        None => return Ok(None),
+        Some(Ok(())) => {}
+        Some(Err(failure)) => (attempt.report.end, attempt.report.duration) = (Err(failure), began.elapsed()),
+    }
     log(sweeper, &attempt.report);
     count(sweeper, &attempt, context);
     Ok(Some(attempt))
 }
 
-/// What comes of an attempt.
+/// Makes an attempt, which fills its report unless it fails before.
 async fn run(
     attempt: &mut SweepAttempt,
     sweeper: &Sweeper,
     prepared: &Prepared,
     context: &Context,
     stop: &CancellationToken,
-) -> Result<Option<Report>, ApiError> {
-    let began = Instant::now();
-    let failed = |failure| Ok(Some(Report { duration: began.elapsed(), ..Report::new(Err(failure)) }));
+) -> Result<Option<Result<(), Failure>>, ApiError> {
     if needs_check(sweeper, prepared, attempt.start, context) {
         let checking = catch_panic(check(sweeper, prepared, context));
         let Some(checked) = stop.run_until_cancelled(checking).await else { return Ok(None) };
         match checked.flatten() {
             Ok(checked) => attempt.checked = Some(checked),
-            Err(failure) => return failed(failure),
+            Err(failure) => return Ok(Some(Err(failure))),
         }
     }
     let job = job(sweeper, &attempt.slot, prepared, context);
     let Some(connected) = stop.run_until_cancelled(catch_panic(sweep::connect(&job))).await else { return Ok(None) };
     let mut connected = match connected.flatten() {
         Ok(connected) => connected,
-        Err(failure) => return failed(failure),
+        Err(failure) => return Ok(Some(Err(failure))),
     };
     let queued = Instant::now();
     let turn = stop.run_until_cancelled(context.sweep_limiter.acquire_global()).await.flatten();
@@ -208,8 +215,8 @@ async fn run(
     // Before it starts: whatever becomes of the status, the slot is taken.
     let next = sweeper.grid().after(attempt.start, attempt.start);
     context.cache.change(sweeper.uid(), |entry| entry.not_before = Some(next));
-    let report = catch_panic(sweep::run(connected, &job, stop)).await;
-    Ok(Some(report.unwrap_or_else(|failure| Report::new(Err(failure)))))
+    // What was committed before a panic stays counted.
+    Ok(Some(catch_panic(sweep::run(connected, &job, stop, &mut attempt.report)).await))
 }
 
 /// Whether a whole preflight goes before it.
@@ -242,7 +249,8 @@ async fn still_stands(sweeper: &Sweeper, context: &Context) -> Result<bool, ApiE
     let now = fetch::selected(context, sweeper.namespace(), sweeper.name()).await?;
     Ok(now.is_some_and(|now| {
         let (now, then) = (now.meta(), &sweeper.metadata);
-        now.uid == then.uid && now.resource_version == then.resource_version
+        (&now.uid, now.generation) == (&then.uid, then.generation)
+            && (now.deletion_timestamp.is_none(), requested(now)) == (true, sweeper.request())
     }))
 }
 

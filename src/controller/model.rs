@@ -67,6 +67,11 @@ impl Sweeper {
     pub fn grid(&self) -> Grid {
         Grid::new(self.uid(), self.spec.period.as_std())
     }
+
+    /// The most entries of its history.
+    pub fn history_limit(&self) -> usize {
+        usize::try_from(self.spec.history_limit).unwrap_or_default()
+    }
 }
 
 impl From<&Finding> for Failure {
@@ -85,7 +90,7 @@ pub struct Slot {
     pub trigger: Trigger,
     /// What is left of its limit.
     pub limit: i64,
-    /// The failed attempt that this one continues.
+    /// The unfinished sweep, failed or stopped, that this attempt continues.
     pub continues: Option<LastSweep>,
     /// The request that it answers, whatever caused it.
     pub answers: Option<String>,

@@ -338,3 +338,23 @@ fn a_status_tells_which_outcomes_it_has_so_that_none_is_counted_twice() {
     }
     assert!(!result(Done::Repaired).is_in(&written));
 }
+
+#[test]
+fn counts_beneath_a_later_attempt_are_added_once_and_stand_in_the_history() {
+    let sweeper = sweeper(1, 600);
+    let at = |second| DateTime::from_timestamp(1_000_000 + second, 0).unwrap();
+    let sweep = |start: i64, timed_out: i64| {
+        let (schedule_time, trigger) = (at(start), Trigger::Schedule);
+        let slot = Slot { schedule_time, trigger, limit: 10, continues: None, answers: None };
+        let report = Report { timed_out, ..Report::new(Ok(Ended::Drained)) };
+        let done = Done::Sweep(Box::new(SweepAttempt { slot, start: at(start), checked: None, report }));
+        AttemptResult { sweeper: sweeper.clone(), done, time: at(start), led: true }
+    };
+    let later = sweep(600, 3).apply(&AuditLogSweeperStatus::default());
+    let ours = sweep(0, 7);
+    let both = ours.apply_totals(&later);
+    assert_eq!((both.totals.as_ref().unwrap().timed_out, both.last_sweep.as_ref().unwrap().timed_out), (10, 3));
+    assert_eq!(both.history.iter().map(|entry| entry.timed_out).collect::<Vec<_>>(), [3, 7]);
+    assert_eq!(ours.apply_totals(&both), both, "the answer to the first write was lost");
+    assert_eq!(sweep(0, 0).apply_totals(&later), later, "it has nothing to tell");
+}

@@ -111,7 +111,9 @@ async fn write_result(
         // A later attempt of another replica, or what it says of a newer spec, stands; only the totals take ours in. Ignore a
         // lastAttemptTime in the future: no attempt wrote it.
         let later = |start| old.last_attempt_time.is_some_and(|last| start < last && last <= now);
-        let newer = old.observed_generation > Some(sweeper.generation());
+        // A restored status may have seen generations that this object never had.
+        let newer =
+            [metadata.generation, old.observed_generation].iter().all(|seen| *seen > Some(sweeper.generation()));
         let overtaken = !led || newer || result.sweep().is_some_and(|attempt| later(attempt.start));
         let new = if overtaken { result.apply_totals(&old) } else { result.apply(&old) };
         if old == new {

@@ -1,4 +1,4 @@
-//! Drives one object through the five steps. The one place of the controller that reads the clock.
+//! Drives one object through the five steps. `decide` and `status` are handed the time.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -14,8 +14,7 @@ use tracing::warn;
 
 use super::client::{self, ApiError};
 use super::decide::{Decision, decide};
-use super::execute::{self, Turn};
-use super::limits::Limiter;
+use super::execute::{self, Permits};
 use super::model::{AttemptResult, Fetched};
 use super::publish::{publish, publish_invalid};
 use super::{Context, fetch};
@@ -24,10 +23,10 @@ use super::{Context, fetch};
 /// no request.
 const LONGEST_WAIT: TimeDelta = TimeDelta::minutes(5);
 
-/// When to look at an object again for which something was done.
-const AT_ONCE: Duration = Duration::ZERO;
+/// When to look at an object again whose status was written, should the watch not tell of that before.
+const AFTER_WRITE: Duration = Duration::from_secs(1);
 
-/// The first and the longest pause after an API request failed.
+/// The first and the longest pause after a reconcile failed.
 const API_RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// Does what is due for one object. What goes wrong with it or its database is in its status.
@@ -41,9 +40,9 @@ pub async fn reconcile(watched: Arc<Fetched>, context: Arc<Context>) -> Result<A
     if context.stop.is_cancelled() {
         return Ok(Action::await_change());
     }
-    let worked = AssertUnwindSafe(in_turn(&watched, &uid, &context)).catch_unwind().await;
+    let worked = AssertUnwindSafe(reconcile_if_due(&watched, &uid, &context)).catch_unwind().await;
     let action = worked.unwrap_or(Err(ApiError::Panic))?;
-    context.cache.change(&uid, |entry| entry.api_failures = 0);
+    context.cache.change(&uid, |entry| entry.failed_reconciles = 0);
     Ok(action)
 }
 
@@ -53,8 +52,8 @@ pub fn error_policy(watched: Arc<Fetched>, error: &ApiError, context: Arc<Contex
         return Action::await_change();
     }
     let failures = context.cache.change(watched.meta().uid.as_deref().unwrap_or_default(), |entry| {
-        entry.api_failures = entry.api_failures.saturating_add(1);
-        entry.api_failures
+        entry.failed_reconciles = entry.failed_reconciles.saturating_add(1);
+        entry.failed_reconciles
     });
     let (first, longest) = API_RETRY;
     let pause = first.saturating_mul(2_u32.saturating_pow(failures - 1)).min(longest);
@@ -63,45 +62,46 @@ pub fn error_policy(watched: Arc<Fetched>, error: &ApiError, context: Arc<Contex
     Action::requeue(pause)
 }
 
-/// Sees to it that an object is worked on when something is due for it, and when its turn comes.
-async fn in_turn(watched: &Fetched, uid: &str, context: &Context) -> Result<Action, ApiError> {
+/// Publishes what is pending for an object, or else runs the pipeline if something is due, once it has its permits.
+async fn reconcile_if_due(watched: &Fetched, uid: &str, context: &Context) -> Result<Action, ApiError> {
     // Also without the lead: it is about what this replica did while it had it, and lays itself beneath later attempts.
-    let pending = context.cache.get(uid).pending;
+    // An object that cannot be read takes no counts: they wait, and what is wrong with it is said.
+    let pending = context.cache.get(uid).pending.filter(|_| watched.0.is_ok());
     if let Some(pending) = pending {
-        return Box::pin(publish(context, pending)).await.map(|()| Action::requeue(AT_ONCE));
+        return Box::pin(publish(context, pending)).await.map(|()| Action::requeue(AFTER_WRITE));
     }
     // Whoever begins to lead looks at every object again.
     let Some(term) = context.leadership.term() else { return Ok(Action::await_change()) };
-    let limiter = match next(watched, uid, context) {
-        Next::Wait(action) => return Ok(action),
-        Next::Invalid(invalid) => {
+    match triage(watched, uid, context) {
+        Triage::Wait(action) => return Ok(action),
+        Triage::Invalid(invalid) => {
             let said = Box::pin(publish_invalid(&context.server, &invalid, Utc::now()));
             return term.run_until_cancelled(said).await.transpose().map(|_| Action::await_change());
         }
-        Next::Turn(limiter) => limiter,
-    };
-    let turn = term.run_until_cancelled(Box::pin(execute::wait_for_turn(limiter, uid, context))).await.flatten();
-    let Some(turn) = turn else { return Ok(Action::await_change()) };
+        Triage::Due => {}
+    }
+    let permits = term.run_until_cancelled(Box::pin(execute::acquire_permits(uid, context))).await.flatten();
+    let Some(permits) = permits else { return Ok(Action::await_change()) };
     // What takes much room is on the heap, and begins here: of very many objects most wait for one another.
-    Box::pin(pipeline(watched, turn, context, &term)).await
+    Box::pin(pipeline(watched, permits, context, &term)).await
 }
 
 /// What is next for an object, by what the watch has seen, which costs no request.
-enum Next<'a> {
+enum Triage {
     /// Nothing is due.
     Wait(Action),
     /// What an older or looser CRD let in is not acted upon.
     Invalid(Box<InvalidObject>),
-    /// Its turn has to come.
-    Turn(Option<&'a Limiter>),
+    /// Something is.
+    Due,
 }
 
-fn next<'a>(watched: &Fetched, uid: &str, context: &'a Context) -> Next<'a> {
+fn triage(watched: &Fetched, uid: &str, context: &Context) -> Triage {
     match context.cache.validate(watched) {
-        Err(invalid) => Next::Invalid(invalid),
+        Err(invalid) => Triage::Invalid(invalid),
         Ok(sweeper) => match decide(Utc::now(), &sweeper, context.cache.get(uid).not_before) {
-            Decision::Wait(next) => Next::Wait(wait_until(next)),
-            decision => Next::Turn(execute::limiter(&decision, context)),
+            Decision::Wait(next) => Triage::Wait(wait_until(next)),
+            _ => Triage::Due,
         },
     }
 }
@@ -109,22 +109,23 @@ fn next<'a>(watched: &Fetched, uid: &str, context: &'a Context) -> Next<'a> {
 /// Fetch, decide, execute, status, publish. Then the object is looked at again.
 async fn pipeline(
     watched: &Fetched,
-    turn: Turn<'_>,
+    permits: Permits<'_>,
     context: &Context,
     term: &CancellationToken,
 ) -> Result<Action, ApiError> {
-    // The watch may lag behind, and what was true may no longer be now that the turn has come.
+    // The watch may lag behind, and the permits may have come late.
     let fetched = term.run_until_cancelled(fetch::sweeper(context, watched.meta())).await;
     let Some(sweeper) = fetched.transpose()?.flatten() else { return Ok(Action::await_change()) };
     let decision = decide(Utc::now(), &sweeper, context.cache.get(sweeper.uid()).not_before);
     if let Decision::Wait(next) = decision {
         return Ok(wait_until(next));
     }
-    if let Some(done) = execute::execute(decision, &sweeper, turn, context, term).await? {
-        let result = AttemptResult { sweeper, done, time: Utc::now(), led: context.leadership.leads() };
-        publish(context, Arc::new(result)).await?;
-    }
-    Ok(Action::requeue(AT_ONCE))
+    let Some(done) = execute::execute(decision, &sweeper, permits, context, term).await? else {
+        return Ok(Action::requeue(Duration::ZERO));
+    };
+    let result = AttemptResult { sweeper, done, time: Utc::now(), led: context.leadership.leads() };
+    publish(context, Arc::new(result)).await?;
+    Ok(Action::requeue(AFTER_WRITE))
 }
 
 fn wait_until(next: Option<DateTime<Utc>>) -> Action {

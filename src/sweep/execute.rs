@@ -89,7 +89,11 @@ impl Connected {
 pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
     let start = Instant::now();
     let end = match stop.run_until_cancelled(connect(job)).await {
-        Some(Ok(connected)) => return run(connected, job, stop).await,
+        Some(Ok(connected)) => {
+            let mut report = Report::new(Ok(Ended::Stopped));
+            run(connected, job, stop, &mut report).await;
+            return report;
+        }
         Some(Err(failure)) => Err(failure),
         None => Ok(Ended::Stopped),
     };
@@ -106,17 +110,15 @@ pub async fn connect(job: &Job) -> Result<Connected, Failure> {
     Ok(Connected { session, start })
 }
 
-/// The second half: sweeps, with the report that [`sweep`] gives.
-pub async fn run(connected: Connected, job: &Job, stop: &CancellationToken) -> Report {
+/// The second half: sweeps, and fills a new report, as [`sweep`] gives it.
+pub async fn run(connected: Connected, job: &Job, stop: &CancellationToken, report: &mut Report) {
     let start = connected.start;
-    let mut report = Report::new(Ok(Ended::Stopped));
     let end = tokio::select! {
-        end = sweep_with(connected, job, stop, &mut report) => end,
+        end = sweep_with(connected, job, stop, report) => end,
         () = cancel::overdue(stop) => Ok(Ended::Stopped),
     };
     report.end = end.map_err(|error| Failure::from(&error));
     report.duration = start.elapsed();
-    report
 }
 
 async fn sweep_with(

@@ -100,7 +100,7 @@ impl Default for Instruments {
 }
 
 impl Instruments {
-    /// An attempt at a sweep got to its database, or tried to, and took so long.
+    /// An attempt at a sweep took so long.
     pub fn swept(&self, duration: Duration) {
         self.sweep_duration.observe(duration.as_secs_f64());
     }
@@ -149,7 +149,7 @@ impl Default for Metrics {
             "The binary",
             Info::new([("version", env!("CARGO_PKG_VERSION")), ("revision", REVISION)]),
         );
-        let help = "How long attempts at sweeps took, from the connection to the last answer of the database";
+        let help = "How long attempts at sweeps took, without the wait for a permit";
         registry.register("sweep_duration_seconds", help, instruments.sweep_duration.clone());
         let help = "How long after their slot of the schedule sweeps began, retries left out";
         registry.register("schedule_lag_seconds", help, instruments.schedule_lag.clone());

@@ -23,9 +23,13 @@ async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
     let log = AuditTable::new().await;
     log.start(1, "2 h").await;
     log.start(2, "1 s").await;
-    let secret = json!({ "apiVersion": "v1", "kind": "Secret", "metadata": { "name": "db", "namespace": namespace }, "stringData": { "uri": log.database.uri() } });
-    let file = scratch.write("secret.json", secret.to_string(), None).unwrap();
-    output(plane.kubectl().arg("apply").arg("-f").arg(file)).unwrap();
+    let slow = AuditTable::slow(20).await;
+    for (name, log) in [("db", &log), ("slow", &slow)] {
+        let metadata = json!({ "name": name, "namespace": namespace });
+        let secret = json!({ "apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": { "uri": log.database.uri() } });
+        let file = scratch.write("secret.json", secret.to_string(), None).unwrap();
+        output(plane.kubectl().arg("apply").arg("-f").arg(file)).unwrap();
+    }
     let kind = ApiResource::from_gvk_with_plural(
         &GroupVersionKind::gvk("auditlog.dev", "v1alpha1", "AuditLogSweeper"),
         "auditlogsweepers",
@@ -78,4 +82,16 @@ async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
     apply("good", json!({})).await.unwrap();
     shown("good", "Ready=True/Swept").await;
     assert_eq!((log.timed_out().await, log.open().await), (vec![1], vec![2]));
+
+    // An edit during the sweep makes the object unreadable: that is said, and the rows are counted once it can be read.
+    let database = json!({ "secretRef": { "name": "slow" }, "tls": { "mode": "Disable" } });
+    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 10 })).await.unwrap();
+    slow.until_swept(1).await;
+    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 10, "holdAbove": 5 })).await.unwrap();
+    let status = shown("slow", "Ready=False/InvalidSpec").await;
+    assert_eq!(status["totals"], Value::Null, "{status:#}");
+    let rows = slow.timed_out().await;
+    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 10, "suspend": true })).await.unwrap();
+    let status = shown("slow", "Suspended=True/Suspended").await;
+    assert_eq!((&status["totals"]["timedOut"], rows), (&json!(10), (1..=10).collect()), "{status:#}");
 }

@@ -210,6 +210,9 @@ async fn a_restored_object_goes_on_from_the_status_of_its_backup() {
     log.start(1, "2 h").await;
     operator.apply("app", json!({ "period": "5s" })).await;
     operator.until("app", "the first sweep", |s| s["totals"]["timedOut"] == json!(1)).await;
+    // The new object begins at generation 1 again, and its status has seen 2.
+    operator.apply("app", json!({ "period": "6s" })).await;
+    operator.until("app", "the edit", |s| s["observedGeneration"] == json!(2)).await;
     let mut backup = json!(operator.api().get("app").await.unwrap());
     operator.api().delete("app", &Default::default()).await.unwrap();
     eventually("the object to be gone", RETRIED, async || match operator.api().get_opt("app").await.unwrap() {
@@ -225,7 +228,7 @@ async fn a_restored_object_goes_on_from_the_status_of_its_backup() {
     operator.api().patch_status("app", &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
     log.start(2, "2 h").await;
     let status = operator.until("app", "sweeps", |s| s["totals"]["timedOut"].as_i64() >= Some(2)).await;
-    assert!(has(&status, "Ready=True/Swept"), "{status:#}");
+    assert!(has(&status, "Ready=True/Swept") && status["observedGeneration"] == json!(1), "{status:#}");
     assert_eq!(log.timed_out().await, [1, 2]);
 }
 

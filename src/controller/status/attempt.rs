@@ -72,19 +72,22 @@ impl SweepAttempt {
             }
             Ok(_) => self.went_well(status, sweeper, end, &sweep),
         };
-        let entry = HistoryEntry {
-            outcome: sweep.outcome,
+        status.history = remember(&status.history, self.history_entry(end), sweeper.history_limit());
+        status.last_sweep = Some(sweep);
+        updates
+    }
+
+    pub(super) fn history_entry(&self, end: DateTime<Utc>) -> HistoryEntry {
+        let report = &self.report;
+        HistoryEntry {
+            outcome: report.outcome(),
             reason: report.end.as_ref().err().map(|failure| failure.reason.as_str().to_owned()),
-            trigger: sweep.trigger,
+            trigger: self.slot.trigger,
             timed_out: report.timed_out,
             count: 1,
             first_time: whole_seconds(end),
             last_time: whole_seconds(end),
-        };
-        let limit = usize::try_from(sweeper.spec.history_limit).unwrap_or_default();
-        status.history = remember(&status.history, entry, limit);
-        status.last_sweep = Some(sweep);
-        updates
+        }
     }
 
     /// The sweep that it is part of, with its counts added.

@@ -63,12 +63,19 @@ impl AttemptResult {
         status
     }
 
-    /// The counts of this alone, added to a status that knows of a later attempt.
+    /// The counts of this alone, added to a status that knows of a later attempt. A repeated write adds nothing while the
+    /// history still holds its entry: the answer to the first may have been lost.
     pub fn apply_totals(&self, old: &AuditLogSweeperStatus) -> AuditLogSweeperStatus {
         let mut status = old.clone();
         // Without rows there is nothing that only this attempt knows.
         if let Some(attempt) = self.sweep().filter(|attempt| attempt.report.timed_out > 0) {
-            attempt.add_totals(&mut status);
+            let entry = attempt.history_entry(self.time);
+            if !status.history.contains(&entry) {
+                attempt.add_totals(&mut status);
+                let newer = status.history.iter().take_while(|newer| newer.last_time > entry.last_time).count();
+                status.history.insert(newer, entry);
+                status.history.truncate(self.sweeper.history_limit());
+            }
         }
         status
     }
