@@ -10,7 +10,7 @@ use super::cluster::{self, Cluster, ClusterArgs};
 use super::input::{self, FetchError, Input, Source};
 use super::{Output, complain, note, print, refuse, respond};
 use crate::api::Reason;
-use crate::preflight::{self, Checked, Finding, Fix, Part, Severity, Subject};
+use crate::preflight::{self, Finding, Fix, Part, PreflightReport, Severity, Subject};
 use crate::telemetry::{LogFormat, start_logs};
 
 /// What may be otherwise where the operator runs.
@@ -77,18 +77,18 @@ async fn fetch(args: &Check, name: &str) -> Result<Input, ExitCode> {
 }
 
 /// What is found before there is a connection.
-fn early(finding: Finding) -> Checked {
-    Checked { findings: vec![finding], ..Checked::default() }
+fn early(finding: Finding) -> PreflightReport {
+    PreflightReport { findings: vec![finding], ..PreflightReport::default() }
 }
 
-fn report(output: Output, checked: &Checked) -> ExitCode {
+fn report(output: Output, checked: &PreflightReport) -> ExitCode {
     match output {
         Output::Text => print(&text_report(checked)),
         output => respond(output, &machine_report(checked)),
     }
 }
 
-fn machine_report(checked: &Checked) -> Value {
+fn machine_report(checked: &PreflightReport) -> Value {
     json!({
         "ready": checked.ready(),
         "server": checked.server_version.as_ref().map(|version| json!({ "version": version })),
@@ -115,7 +115,7 @@ fn json_part(part: &Part) -> Value {
 }
 
 /// A line for each thing looked at; then what fixes each finding. What follows these lines is SQL, ready to paste.
-fn text_report(checked: &Checked) -> String {
+fn text_report(checked: &PreflightReport) -> String {
     let (mut lines, mut unseen) = (vec![], vec![]);
     for subject in [Subject::Connection].into_iter().chain(Subject::LOOKED_AT) {
         let mut line = |state: &str, said: &str| lines.push(format!("{state:<9}{subject:<14}{}", one_line(said)));

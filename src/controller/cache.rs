@@ -1,4 +1,4 @@
-//! What the process remembers of each object between reconciles: the watch may show an old status.
+//! Per-object state between reconciles. The watch may still deliver an old status.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use kube::ResourceExt;
 use kube::core::error_boundary::InvalidObject;
 use kube::runtime::reflector::Store;
 
-use super::model::{AttemptResult, Fetched};
+use super::model::{AttemptResult, ParsedObject};
 use crate::api::{AuditLogSweeper, Sweeper, ValidSpec};
 use crate::telemetry::metrics::Counts;
 
@@ -20,7 +20,7 @@ pub struct CacheEntry {
     /// A result that could not be published yet.
     pub pending: Option<Arc<AttemptResult>>,
     /// What was looked at by the last whole preflight, and when.
-    pub checked: Option<Seen>,
+    pub checked: Option<PreflightInputs>,
     /// The last spec that was valid.
     pub valid: Option<ValidSpec>,
     /// The database server that it has to queue for, and whether for a preflight there.
@@ -47,7 +47,7 @@ pub enum Kind {
 
 /// What a preflight was about.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Seen {
+pub struct PreflightInputs {
     /// Of the object's spec.
     pub generation: i64,
     /// The resourceVersions of its Secrets.
@@ -56,13 +56,13 @@ pub struct Seen {
     pub time: DateTime<Utc>,
 }
 
-/// A preflight is worth repeating about this often, for what changes in the database without a word to us.
+/// A preflight repeats at this interval, because a change of the schema sends no event.
 const CHECK_AGAIN: TimeDelta = TimeDelta::hours(1);
 
 impl CacheEntry {
     /// Whether a sweep now should begin with a whole preflight: something changed since the last one, or it found
     /// something, or it was long ago. `ready`: the condition SchemaReady is True.
-    pub fn needs_check(&self, ready: bool, generation: i64, secrets: &[String], now: DateTime<Utc>) -> bool {
+    pub fn needs_preflight(&self, ready: bool, generation: i64, secrets: &[String], now: DateTime<Utc>) -> bool {
         !ready
             || self.checked.as_ref().is_none_or(|seen| {
                 seen.generation != generation || seen.secrets != secrets || (now - seen.time).abs() >= CHECK_AGAIN
@@ -85,12 +85,12 @@ impl ObjectCache {
         change(self.lock().entry(uid.to_owned()).or_default())
     }
 
-    /// The object, if it is valid. A valid spec is judged once. Told by the spec and not by its generation: a default of
-    /// the CRD changes the one without the other.
+    /// Returns the object if its spec is valid. A spec equal to the last valid one is not validated again. The generation
+    /// cannot tell, because a new default of the CRD changes only the spec.
     ///
     /// # Errors
     /// What is wrong with the object.
-    pub fn validate(&self, object: &Fetched) -> Result<Sweeper, Box<InvalidObject>> {
+    pub fn validate(&self, object: &ParsedObject) -> Result<Sweeper, Box<InvalidObject>> {
         let AuditLogSweeper { metadata, spec, status } =
             object.0.as_ref().map_err(|invalid| Box::new(invalid.clone()))?;
         let uid = metadata.uid.as_deref().unwrap_or_default();
@@ -106,9 +106,8 @@ impl ObjectCache {
         }
     }
 
-    /// Forgets when sweeps are due: another replica may have led meanwhile, and only the statuses know what it did.
-    /// Counts begin anew, since series that come back with an old count would look like new rows. An outcome that waits
-    /// to be published stays, and is published before anything else.
+    /// Clears due times and counts when a term begins. Another replica may have swept, so only the status is reliable.
+    /// Restored counts would look like new rows. Pending sweep results stay, and are published first.
     pub fn start_term(&self) {
         for entry in self.lock().values_mut() {
             (entry.not_before, entry.counts) = (None, Counts::default());
@@ -123,7 +122,7 @@ impl ObjectCache {
     }
 
     /// Forgets objects that are gone, now and then.
-    pub fn retain(&self, stores: &[Store<Fetched>]) {
+    pub fn retain(&self, stores: &[Store<ParsedObject>]) {
         let mut cache = self.lock();
         if cache.len() > stores.iter().map(Store::len).sum::<usize>() * 2 + 16 {
             let live: HashSet<_> = stores.iter().flat_map(Store::state).filter_map(|object| object.uid()).collect();
@@ -155,7 +154,7 @@ mod tests {
 
     #[test]
     fn that_one_spec_is_valid_says_nothing_of_another() {
-        let object = |uid: &str, timeout: &str| -> Fetched {
+        let object = |uid: &str, timeout: &str| -> ParsedObject {
             serde_json::from_value(serde_json::json!({
                 "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app", "uid": uid },
                 "spec": { "database": { "secretRef": { "name": "db" } }, "timeout": timeout },
@@ -177,13 +176,13 @@ mod tests {
         let at = |second| DateTime::from_timestamp(second, 0).unwrap();
         let secrets = ["1".to_owned(), "2".to_owned()];
         let mut entry = CacheEntry::default();
-        assert!(entry.needs_check(true, 1, &secrets, at(0)));
-        entry.checked = Some(Seen { generation: 1, secrets: secrets.to_vec(), time: at(0) });
-        assert!(!entry.needs_check(true, 1, &secrets, at(3599)));
-        assert!(entry.needs_check(true, 1, &secrets, at(3600)));
-        assert!(entry.needs_check(true, 1, &secrets, at(-3600)), "a clock that jumped");
-        assert!(entry.needs_check(true, 2, &secrets, at(1)));
-        assert!(entry.needs_check(true, 1, &secrets[..1], at(1)));
-        assert!(entry.needs_check(false, 1, &secrets, at(1)), "what it found may be fixed by now");
+        assert!(entry.needs_preflight(true, 1, &secrets, at(0)));
+        entry.checked = Some(PreflightInputs { generation: 1, secrets: secrets.to_vec(), time: at(0) });
+        assert!(!entry.needs_preflight(true, 1, &secrets, at(3599)));
+        assert!(entry.needs_preflight(true, 1, &secrets, at(3600)));
+        assert!(entry.needs_preflight(true, 1, &secrets, at(-3600)), "a clock that jumped");
+        assert!(entry.needs_preflight(true, 2, &secrets, at(1)));
+        assert!(entry.needs_preflight(true, 1, &secrets[..1], at(1)));
+        assert!(entry.needs_preflight(false, 1, &secrets, at(1)), "what it found may be fixed by now");
     }
 }

@@ -115,7 +115,7 @@ impl ApiServer {
     }
 
     /// Waits for a request, but not for ever once it is sent, and counts it if it fails.
-    pub async fn within<T>(
+    pub async fn request<T>(
         &self,
         operation: Operation,
         request: impl Future<Output = kube::Result<T>>,
@@ -135,13 +135,13 @@ impl ApiServer {
 
     /// The same for a request without which no object of the namespace can be worked on: as long as a right to it, or
     /// a field of the CRD, is missing, the operator is not ready.
-    pub async fn essential<T>(
+    pub async fn request_required<T>(
         &self,
         operation: Operation,
         namespace: &str,
         request: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, ApiError> {
-        let answer = self.within(operation, request).await;
+        let answer = self.request(operation, request).await;
         let part = format!("{} {namespace}", operation.as_str());
         match &answer {
             Ok(_) => self.readiness.set(&part, None),

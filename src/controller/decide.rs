@@ -1,8 +1,8 @@
-//! Second step, pure: what is to be done with an object now, given its spec, its status and what is remembered.
+//! Second step, pure: decides what is due from the spec, the status and the cached `not_before`.
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::model::Slot;
+use super::model::DueSweep;
 use crate::api::Sweeper;
 use crate::api::condition::{self, ConditionType};
 use crate::api::status::{LastSweep, Outcome, Trigger, whole_seconds};
@@ -19,14 +19,14 @@ pub enum Decision {
     /// A time in the status is one that no sweep can have: compute it anew.
     Repair,
     /// Sweep.
-    Sweep(Slot),
+    Sweep(DueSweep),
     /// Nothing, until then or until the object changes.
     Wait(Option<DateTime<Utc>>),
 }
 
 /// An attempt this much later than now was not made: a hand wrote it, or the clock has jumped. Clocks of two replicas
 /// differ by less.
-const FUTURE: TimeDelta = TimeDelta::minutes(1);
+const CLOCK_TOLERANCE: TimeDelta = TimeDelta::minutes(1);
 
 /// What is to be done at `now`. `not_before` is what the process remembers: no sweep before that.
 pub fn decide(now: DateTime<Utc>, sweeper: &Sweeper, not_before: Option<DateTime<Utc>>) -> Decision {
@@ -40,22 +40,24 @@ pub fn decide(now: DateTime<Utc>, sweeper: &Sweeper, not_before: Option<DateTime
         let said = condition::is_true(&status.conditions, ConditionType::Suspended);
         return if said && observed && request.is_none() { Decision::Wait(None) } else { Decision::Suspend };
     }
-    let next = status.next_schedule_time.filter(|next| plausible(*next, now, sweeper));
+    let next = status.next_schedule_time.filter(|next| is_possible_slot(*next, now, sweeper));
     if observed
-        && (next != status.next_schedule_time || status.last_attempt_time.is_some_and(|last| last - now > FUTURE))
+        && (next != status.next_schedule_time
+            || status.last_attempt_time.is_some_and(|last| last - now > CLOCK_TOLERANCE))
     {
         return Decision::Repair;
     }
     let last_attempt = status.last_attempt_time.filter(|last| *last <= now);
-    let ends_a_failure = !observed && status.consecutive_failures > 0;
-    if !observed && !ends_a_failure && next != status.next_schedule_time {
+    let edited_after_failure = !observed && status.consecutive_failures > 0;
+    if !observed && !edited_after_failure && next != status.next_schedule_time {
         // The period was shortened.
         return Decision::Preflight;
     }
     // Without a next one, as when resumed, the slot after the last attempt is the one that may be overdue.
-    let next = next.or_else(|| last_attempt.filter(|_| !ends_a_failure).map(|last| sweeper.grid().after(last, last)));
-    let due = next.max(not_before.filter(|time| plausible(*time, now, sweeper))).unwrap_or(now);
-    let is_due = due <= now || ends_a_failure;
+    let next =
+        next.or_else(|| last_attempt.filter(|_| !edited_after_failure).map(|last| sweeper.grid().after(last, last)));
+    let due = next.max(not_before.filter(|time| is_possible_slot(*time, now, sweeper))).unwrap_or(now);
+    let is_due = due <= now || edited_after_failure;
     if !observed && !is_due {
         return Decision::Preflight;
     }
@@ -64,8 +66,8 @@ pub fn decide(now: DateTime<Utc>, sweeper: &Sweeper, not_before: Option<DateTime
     }
     let decision = if is_due { due_now(now, sweeper, due) } else { Decision::Wait(Some(due)) };
     match (decision, request) {
-        (Decision::Sweep(slot), answers) => Decision::Sweep(Slot { answers: answers.map(str::to_owned), ..slot }),
-        (_, Some(request)) => Decision::Sweep(Slot {
+        (Decision::Sweep(slot), answers) => Decision::Sweep(DueSweep { answers: answers.map(str::to_owned), ..slot }),
+        (_, Some(request)) => Decision::Sweep(DueSweep {
             schedule_time: whole_seconds(now),
             trigger: Trigger::Request,
             limit: sweeper.spec.limit.into(),
@@ -81,11 +83,11 @@ fn due_now(now: DateTime<Utc>, sweeper: &Sweeper, due: DateTime<Utc>) -> Decisio
     let status = &sweeper.status;
     // A failed preflight is followed by another one; only the slot itself brings a sweep.
     let observed = status.observed_generation == Some(sweeper.generation());
-    let last_sweep_stands = status.last_sweep.as_ref().is_some_and(|last| !is_unfinished(last));
+    let last_sweep_finished = status.last_sweep.as_ref().is_some_and(|last| !is_unfinished(last));
     let before_the_slot = |last: DateTime<Utc>| now < sweeper.grid().after(last, last);
     if observed
         && status.consecutive_failures > 0
-        && last_sweep_stands
+        && last_sweep_finished
         && status.last_attempt_time.filter(|last| *last <= now).is_some_and(before_the_slot)
     {
         return Decision::Preflight;
@@ -94,7 +96,7 @@ fn due_now(now: DateTime<Utc>, sweeper: &Sweeper, due: DateTime<Utc>) -> Decisio
 }
 
 /// Whether a time can be one of the object's next slots: none is further away than one period and a half.
-fn plausible(time: DateTime<Utc>, now: DateTime<Utc>, sweeper: &Sweeper) -> bool {
+fn is_possible_slot(time: DateTime<Utc>, now: DateTime<Utc>, sweeper: &Sweeper) -> bool {
     time - now <= TimeDelta::milliseconds(sweeper.spec.period.as_millis()) * 3 / 2
 }
 
@@ -121,7 +123,7 @@ fn sweep(now: DateTime<Utc>, sweeper: &Sweeper, due: DateTime<Utc>) -> Decision 
         if left == 0 {
             return Decision::Wait(Some(grid.after(last.schedule_time, now)));
         }
-        return Decision::Sweep(Slot {
+        return Decision::Sweep(DueSweep {
             schedule_time: last.schedule_time,
             trigger: last.trigger,
             limit: left,
@@ -132,7 +134,7 @@ fn sweep(now: DateTime<Utc>, sweeper: &Sweeper, due: DateTime<Utc>) -> Decision 
     // However many slots went by: one sweep, for the latest of them.
     let schedule_time = grid.latest(now).max(due).min(now);
     let trigger = if status.last_attempt_time.is_none() { Trigger::Create } else { Trigger::Schedule };
-    Decision::Sweep(Slot {
+    Decision::Sweep(DueSweep {
         schedule_time: whole_seconds(schedule_time),
         trigger,
         limit,
@@ -150,7 +152,7 @@ mod tests {
     use crate::api::status::AuditLogSweeperStatus;
     use crate::api::{Class, Failure, Reason};
     use crate::controller::model::{AttemptResult, Done, SweepAttempt};
-    use crate::preflight::Checked;
+    use crate::preflight::PreflightReport;
     use crate::sweep::Report;
     use crate::sweep::report::Ended;
 
@@ -198,7 +200,7 @@ mod tests {
             Decision::Acknowledge => Done::Acknowledged,
             Decision::Suspend => Done::Suspended,
             Decision::Repair => Done::Repaired,
-            Decision::Preflight => Done::Preflight(Ok(Checked::default())),
+            Decision::Preflight => Done::Preflight(Ok(PreflightReport::default())),
             Decision::Sweep(slot) => Done::Sweep(Box::new(SweepAttempt { slot, start: now, checked: None, report })),
             Decision::Wait(_) => return status.clone(),
         };

@@ -9,29 +9,29 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::cache::{Kind, Queue, Seen};
+use super::cache::{Kind, PreflightInputs, Queue};
 use super::client::ApiError;
 use super::decide::Decision;
 use super::lifecycle::{catch_panic, run_while_owned};
 use super::limits::Limiter;
 use super::log::log;
-use super::model::{Done, Slot, SweepAttempt};
+use super::model::{Done, DueSweep, SweepAttempt};
 use super::{Context, fetch};
 use crate::api::condition::{self, ConditionType};
 use crate::api::status::Trigger;
 use crate::api::sweeper::requested;
 use crate::api::{Failure, Sweeper};
 use crate::database::Target;
-use crate::preflight::{self, Checked};
+use crate::preflight::{self, PreflightReport};
 use crate::sweep::report::Ended;
 use crate::sweep::statement::Cursor;
 use crate::sweep::{self, Job, Plan, Report};
 
-/// What an object needs to be worked on.
+/// What work on an object needs.
 pub struct Permits<'a> {
     /// To read it and its Secrets. Waiting objects hold only their key, so 10,000 due objects stay small.
     prepare: SemaphorePermit<'a>,
-    /// Of the server that it queued for. Never of both kinds: who holds one kind and waits for the other may wait for ever.
+    /// Of the server that it queued for. Never of both kinds: holding one while waiting for the other could deadlock.
     server: Option<OwnedSemaphorePermit>,
 }
 
@@ -44,7 +44,7 @@ struct Prepared {
     secrets: Vec<String>,
 }
 
-/// Waits for the permits of an object. It queues for its database server once it was found that none is free there.
+/// Waits for the permits of an object. It queues for its database server only after no permit was free there.
 pub async fn acquire_permits<'a>(uid: &str, context: &'a Context) -> Option<Permits<'a>> {
     let queue = context.cache.change(uid, |entry| entry.queue.take());
     let server = match queue {
@@ -62,8 +62,7 @@ fn limiter(kind: Kind, context: &Context) -> &Limiter {
     }
 }
 
-/// Does what was decided. None: there is nothing to do now, the object is another by now, or it has to queue for its
-/// database server.
+/// Executes a decision. Returns None if nothing is due, the object changed, or it has to queue for its database server.
 pub async fn execute(
     decision: Decision,
     sweeper: &Sweeper,
@@ -105,7 +104,7 @@ pub async fn execute(
     }
 }
 
-/// Reads where the database is. None: no permit is free there, and the object has to queue for one.
+/// Reads the Secrets and finds the database server. Returns None if no permit of it is free; the next reconcile queues.
 async fn prepare(
     kind: Kind,
     sweeper: &Sweeper,
@@ -130,28 +129,27 @@ async fn preflight(
     sweeper: &Sweeper,
     prepared: Result<Prepared, Failure>,
     context: &Context,
-) -> Result<Checked, Failure> {
+) -> Result<PreflightReport, Failure> {
     let prepared = prepared?;
     catch_panic(check(sweeper, &prepared, context)).await.flatten()
 }
 
-/// Looks at all that a sweep rests on, and remembers that it was looked at. A finding for which no sweep may begin is a
-/// failure.
-async fn check(sweeper: &Sweeper, prepared: &Prepared, context: &Context) -> Result<Checked, Failure> {
+/// Runs a full preflight, and caches what it was about. A blocking finding is a failure.
+async fn check(sweeper: &Sweeper, prepared: &Prepared, context: &Context) -> Result<PreflightReport, Failure> {
     let Prepared { plan, target, secrets } = prepared;
     let turn = context.preflight_limiter.acquire_global();
-    let checked = preflight::check_in_turn(plan, target, turn).await.map_err(|error| Failure::from(&error))?;
+    let checked = preflight::check_with_permit(plan, target, turn).await.map_err(|error| Failure::from(&error))?;
     if let Some(finding) = checked.blocking() {
         return Err(Failure::from(finding));
     }
-    let seen = Seen { generation: sweeper.generation(), secrets: secrets.clone(), time: Utc::now() };
+    let seen = PreflightInputs { generation: sweeper.generation(), secrets: secrets.clone(), time: Utc::now() };
     context.cache.change(sweeper.uid(), |entry| entry.checked = Some(seen));
     Ok(checked)
 }
 
-/// One attempt at the sweep of a slot. None: it had to wait, and the object is another by now.
+/// Makes one attempt. Returns None if it was cancelled, or if the object changed while it waited.
 async fn sweep(
-    slot: Slot,
+    slot: DueSweep,
     sweeper: &Sweeper,
     prepared: Result<Prepared, Failure>,
     began: Instant,
@@ -183,7 +181,7 @@ async fn run(
     context: &Context,
     stop: &CancellationToken,
 ) -> Result<Option<Result<(), Failure>>, ApiError> {
-    if needs_check(sweeper, prepared, attempt.start, context) {
+    if needs_preflight(sweeper, prepared, attempt.start, context) {
         let checking = catch_panic(check(sweeper, prepared, context));
         let Some(checked) = stop.run_until_cancelled(checking).await else { return Ok(None) };
         match checked.flatten() {
@@ -212,7 +210,7 @@ async fn run(
         connected.waited(waited);
         attempt.start += TimeDelta::from_std(waited).unwrap_or_default();
     }
-    // Before it starts: whatever becomes of the status, the slot is taken.
+    // Before the sweep starts, so that a failed status write cannot repeat the slot.
     let next = sweeper.grid().after(attempt.start, attempt.start);
     context.cache.change(sweeper.uid(), |entry| entry.not_before = Some(next));
     // What was committed before a panic stays counted.
@@ -220,22 +218,22 @@ async fn run(
 }
 
 /// Whether a whole preflight goes before it.
-fn needs_check(sweeper: &Sweeper, prepared: &Prepared, start: DateTime<Utc>, context: &Context) -> bool {
+fn needs_preflight(sweeper: &Sweeper, prepared: &Prepared, start: DateTime<Utc>, context: &Context) -> bool {
     let ready = condition::is_true(&sweeper.status.conditions, ConditionType::SchemaReady);
     let entry = context.cache.get(sweeper.uid());
-    entry.needs_check(ready, sweeper.generation(), &prepared.secrets, start)
+    entry.needs_preflight(ready, sweeper.generation(), &prepared.secrets, start)
 }
 
-fn job(sweeper: &Sweeper, slot: &Slot, prepared: &Prepared, context: &Context) -> Job {
+fn job(sweeper: &Sweeper, slot: &DueSweep, prepared: &Prepared, context: &Context) -> Job {
     let Prepared { plan, target, .. } = prepared.clone();
-    // What a failed attempt left of the slot's time is not to be given away again.
+    // A retry has no yield budget, because earlier attempts used time of this slot.
     let yield_budget = if slot.continues.is_some() { Duration::ZERO } else { plan.yield_budget };
     let peers = context.sweep_limiter.peers(&target.servers());
     let plan = Plan { yield_budget, ..plan };
     Job { limit: slot.limit, resume_after: resume_after(sweeper), peers, target, plan }
 }
 
-/// Where the last sweep left off, if rows that the database refuses made it stop.
+/// Returns the cursor kept in `status.unsweepable`: the next sweep resumes behind rows that the database refused.
 fn resume_after(sweeper: &Sweeper) -> Option<Cursor> {
     let status = &sweeper.status;
     // After an edit it may be another table.

@@ -10,7 +10,7 @@ use kube::{Api, Resource, ResourceExt};
 
 use super::Context;
 use super::client::{ApiError, ApiServer, text};
-use super::model::Fetched;
+use super::model::ParsedObject;
 use crate::api::{Failure, Reason, Sweeper};
 use crate::credentials::{self, Credentials, CredentialsError};
 use crate::database::Target;
@@ -18,17 +18,17 @@ use crate::telemetry::metrics::Operation;
 
 /// Leaves out what nobody here reads, and what is most of an object in memory: who wrote which field, and the object as
 /// somebody applied it.
-pub fn leave_out(object: &mut Fetched) {
+pub fn strip_unused_fields(object: &mut ParsedObject) {
     object.managed_fields_mut().clear();
     object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
 }
 
 /// The object as it is now, since the watch may lag behind; None: it is gone.
-pub async fn object(server: &ApiServer, namespace: &str, name: &str) -> Result<Option<Fetched>, ApiError> {
-    let api: Api<Fetched> = Api::namespaced(server.client.clone(), namespace);
-    let mut object = server.essential(Operation::GetObject, namespace, api.get_opt(name)).await?;
+pub async fn object(server: &ApiServer, namespace: &str, name: &str) -> Result<Option<ParsedObject>, ApiError> {
+    let api: Api<ParsedObject> = Api::namespaced(server.client.clone(), namespace);
+    let mut object = server.request_required(Operation::GetObject, namespace, api.get_opt(name)).await?;
     match &mut object {
-        Some(object) => leave_out(object),
+        Some(object) => strip_unused_fields(object),
         None => server.forget(namespace),
     }
     Ok(object)
@@ -43,13 +43,13 @@ pub async fn sweeper(context: &Context, watched: &ObjectMeta) -> Result<Option<S
 
 /// The same, but None also if it is not one of those that the label selector names. The API server judges, in its own
 /// words for selectors.
-pub async fn selected(context: &Context, namespace: &str, name: &str) -> Result<Option<Fetched>, ApiError> {
+pub async fn selected(context: &Context, namespace: &str, name: &str) -> Result<Option<ParsedObject>, ApiError> {
     let Context { server, settings, .. } = context;
     let Some(selector) = &settings.selector else { return object(server, namespace, name).await };
-    let api: Api<Fetched> = Api::namespaced(server.client.clone(), namespace);
+    let api: Api<ParsedObject> = Api::namespaced(server.client.clone(), namespace);
     let one = ListParams::default().labels(selector).fields(&format!("metadata.name={name}"));
-    let mut object = server.within(Operation::GetObject, api.list(&one)).await?.items.pop();
-    object.iter_mut().for_each(leave_out);
+    let mut object = server.request(Operation::GetObject, api.list(&one)).await?.items.pop();
+    object.iter_mut().for_each(strip_unused_fields);
     Ok(object)
 }
 
@@ -76,7 +76,7 @@ pub async fn target(
 async fn secret(server: &ApiServer, namespace: &str, name: &str) -> Result<Secret, Failure> {
     let api: Api<Secret> = Api::namespaced(server.client.clone(), namespace);
     let failure = |reason, message: String| Failure::new(reason, message);
-    match server.within(Operation::GetSecret, api.get(name)).await {
+    match server.request(Operation::GetSecret, api.get(name)).await {
         Ok(secret) => Ok(secret),
         Err(error) => Err(match error.code() {
             Some(404) => failure(

@@ -1,5 +1,5 @@
-//! Stands around the work on one object: ends it when the object is this install's no longer (deleted, replaced, or
-//! labelled for another), and keeps a panic in it from all others.
+//! Supervises the work on one object. Cancels it when the object is deleted, replaced, or labelled for another install. Turns
+//! a panic into a failure of this object.
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -13,16 +13,16 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use super::model::Fetched;
+use super::model::ParsedObject;
 use crate::api::{Failure, Reason};
 
 /// How often it looks at what the watch has seen, which costs no request.
-const LOOK: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What the watches have seen.
-pub type Stores = [Store<Fetched>];
+pub type Stores = [Store<ParsedObject>];
 
-/// Waits for some work that is done for an object, and cancels `stop`, at which it ends, when the object leaves.
+/// Runs `work` to its end. Cancels `stop` if this install no longer owns the object.
 pub async fn run_while_owned<T>(
     stores: &Stores,
     object: &ObjectMeta,
@@ -32,7 +32,7 @@ pub async fn run_while_owned<T>(
     let mut work = pin!(work);
     tokio::select! {
         done = &mut work => return done,
-        () = has_left(stores, object) => {}
+        () = wait_until_gone(stores, object) => {}
     }
     let (namespace, name) = (&object.namespace, &object.name);
     info!(namespace, name, "deleted, replaced, or labelled for others: ending what is being done for it");
@@ -40,17 +40,17 @@ pub async fn run_while_owned<T>(
     work.await
 }
 
-/// Waits until the object has left. Never looks at once: right after a change the watch may lag behind.
-async fn has_left(stores: &Stores, object: &ObjectMeta) {
+/// Polls until this install no longer owns the object. The first poll is delayed, because the watch may lag.
+async fn wait_until_gone(stores: &Stores, object: &ObjectMeta) {
     loop {
-        sleep(LOOK).await;
-        if !is_there(stores, object) {
+        sleep(POLL_INTERVAL).await;
+        if !is_owned(stores, object) {
             return;
         }
     }
 }
 
-fn is_there(stores: &Stores, object: &ObjectMeta) -> bool {
+fn is_owned(stores: &Stores, object: &ObjectMeta) -> bool {
     let key = ObjectRef::new(object.name.as_deref().unwrap_or_default())
         .within(object.namespace.as_deref().unwrap_or_default());
     stores.iter().filter_map(|store| store.get(&key)).any(|seen| {
@@ -59,8 +59,7 @@ fn is_there(stores: &Stores, object: &ObjectMeta) -> bool {
     })
 }
 
-/// Waits for a piece of work; a panic in it is a failure of this object, and of no other. What the panic says may be
-/// data.
+/// Converts a panic into a failure of this object. The panic message is dropped, because it may contain row data.
 pub async fn catch_panic<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
     AssertUnwindSafe(work).catch_unwind().await.map_err(|_| {
         Failure::new(
@@ -89,8 +88,8 @@ mod tests {
             .unwrap()
     }
 
-    fn seen(metadata: serde_json::Value) -> Fetched {
-        Fetched(Ok(object(metadata)))
+    fn seen(metadata: serde_json::Value) -> ParsedObject {
+        ParsedObject(Ok(object(metadata)))
     }
 
     #[test]
@@ -99,7 +98,7 @@ mod tests {
             let mut writer = Writer::default();
             writer.apply_watcher_event(&Event::Apply(seen(json!({}))));
             writer.apply_watcher_event(&event);
-            is_there(&[reflector::store().0, writer.as_reader()], &object(json!({})).metadata)
+            is_owned(&[reflector::store().0, writer.as_reader()], &object(json!({})).metadata)
         };
         assert!(!stays_after(Event::Delete(seen(json!({})))), "deleted, or labelled for others");
         assert!(!stays_after(Event::InitDone), "a list that is without it");
@@ -123,7 +122,7 @@ mod tests {
         let (store, mut writer) = reflector::store();
         writer.apply_watcher_event(&Event::Apply(seen(json!({}))));
         let stop = CancellationToken::new();
-        let work = timeout(LOOK * 2, stop.cancelled());
+        let work = timeout(POLL_INTERVAL * 2, stop.cancelled());
         assert!(run_while_owned(&[store], &object(json!({})).metadata, &stop, work).await.is_err(), "it is there");
     }
 

@@ -1,7 +1,7 @@
 //! Limits how many sweeps run at once, on one database server and in all. Preflights have a limiter of their own.
 //!
-//! First comes the server's permit, then the connection, and only then one of the permits for all: servers that do not
-//! answer, however many, hold none of those, and a slow one holds only its own share.
+//! A sweep acquires a permit of its server, connects, and then acquires one of the permits for all. Servers that do not
+//! answer hold none of those. A slow server holds only its share.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -50,14 +50,14 @@ impl Limiter {
         }
     }
 
-    /// Waits for a permit of a server, in the order of arrival. Dropping the future leaves the queue.
+    /// WaitCount for a permit of a server, in the order of arrival. Dropping the future leaves the queue.
     pub async fn acquire_server(&self, server: &str) -> Option<OwnedSemaphorePermit> {
         let Server { semaphore, waiting, .. } = self.server(server);
         acquire(semaphore, &waiting).await.map(|acquired| acquired.permit)
     }
 
-    /// Whether `permit` is one of the server's, or becomes one at once. Gives another back: who holds one and waits for
-    /// another may wait for ever.
+    /// Keeps the permit if it belongs to this server; otherwise tries to replace it without waiting. The old permit is
+    /// released first, to avoid deadlock.
     pub fn try_acquire_server(&self, server: &str, permit: &mut Option<OwnedSemaphorePermit>) -> bool {
         let semaphore = self.server(server).semaphore;
         if permit.as_ref().is_none_or(|permit| !Arc::ptr_eq(permit.semaphore(), &semaphore)) {
@@ -67,19 +67,20 @@ impl Limiter {
         permit.is_some()
     }
 
-    /// Waits for one of the permits for all, in the order of arrival.
+    /// WaitCount for one of the permits for all, in the order of arrival.
     pub async fn acquire_global(&self) -> Option<Acquired> {
         acquire(self.all.clone(), &self.waiting).await
     }
 
-    /// What sweeps on a server know of each other, for whoever has a permit of it: without one it is forgotten at once.
+    /// Returns the counters that sweeps on one server share. The caller must hold a permit of it; otherwise the entry is
+    /// dropped.
     pub fn peers(&self, server: &str) -> Peers {
         let Server { waiting, started, .. } = self.server(server);
         Peers::new(started, waiting, self.waiting.clone())
     }
 
-    /// How many of the permits for all are taken.
-    pub fn taken(&self) -> usize {
+    /// How many of the permits for all are in use.
+    pub fn in_use(&self) -> usize {
         self.most.saturating_sub(self.all.available_permits())
     }
 
@@ -96,26 +97,26 @@ impl Limiter {
     }
 }
 
-/// Only a closed semaphore refuses, and nobody closes these.
+/// Returns None only for a closed semaphore. These are never closed.
 async fn acquire(semaphore: Arc<Semaphore>, waiting: &AtomicUsize) -> Option<Acquired> {
     if let Ok(permit) = semaphore.clone().try_acquire_owned() {
         return Some(Acquired { permit, waited: false });
     }
-    let _waits = Waits::new(waiting);
+    let _waits = WaitCount::new(waiting);
     semaphore.acquire_owned().await.ok().map(|permit| Acquired { permit, waited: true })
 }
 
 /// Somebody waits, until this is dropped.
-struct Waits<'a>(&'a AtomicUsize);
+struct WaitCount<'a>(&'a AtomicUsize);
 
-impl<'a> Waits<'a> {
+impl<'a> WaitCount<'a> {
     fn new(waiting: &'a AtomicUsize) -> Self {
         waiting.fetch_add(1, Ordering::Relaxed);
         Self(waiting)
     }
 }
 
-impl Drop for Waits<'_> {
+impl Drop for WaitCount<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

@@ -44,7 +44,7 @@ use cache::ObjectCache;
 use client::ApiServer;
 use leader::Leadership;
 use limits::Limiter;
-use model::Fetched;
+use model::ParsedObject;
 use shutdown::ShutdownReport;
 use watch::Scope;
 
@@ -126,13 +126,13 @@ impl Context {
     fn snapshot(&self) -> Snapshot {
         let leader = self.leadership.term().is_some();
         let objects = self.stores.iter().map(Store::len).sum();
-        let sweeps_in_flight = self.sweep_limiter.taken();
+        let sweeps_in_flight = self.sweep_limiter.in_use();
         let shown = if leader && self.settings.object_metrics { &*self.stores } else { &[] };
         let series = shown.iter().flat_map(Store::state).map(|object| self.series(&object)).collect();
         Snapshot { sweeps_in_flight, objects, leader, series }
     }
 
-    fn series(&self, object: &Fetched) -> ObjectSeries {
+    fn series(&self, object: &ParsedObject) -> ObjectSeries {
         let gauges = match &object.0 {
             Ok(object) => metrics::values(&object.spec, &object.status.clone().unwrap_or_default()),
             Err(_) => metrics::invalid(),

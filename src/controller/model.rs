@@ -11,15 +11,15 @@ use serde_json::Value;
 
 use crate::api::status::{LastSweep, Trigger};
 use crate::api::{AuditLogSweeper, Failure, Sweeper, validate};
-use crate::preflight::{Checked, Finding};
+use crate::preflight::{Finding, PreflightReport};
 use crate::schedule::Grid;
 use crate::sweep::Report;
 
 /// The object, or why it cannot be acted on. A list or a watch goes on when one object is invalid.
 #[derive(Clone, Debug)]
-pub struct Fetched(pub Result<AuditLogSweeper, InvalidObject>);
+pub struct ParsedObject(pub Result<AuditLogSweeper, InvalidObject>);
 
-impl<'de> Deserialize<'de> for Fetched {
+impl<'de> Deserialize<'de> for ParsedObject {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let raw = Value::deserialize(deserializer)?;
         Ok(Self(match validate::parse(&raw) {
@@ -33,7 +33,7 @@ impl<'de> Deserialize<'de> for Fetched {
     }
 }
 
-impl Resource for Fetched {
+impl Resource for ParsedObject {
     type DynamicType = ();
     type Scope = <AuditLogSweeper as Resource>::Scope;
 
@@ -81,9 +81,9 @@ impl From<&Finding> for Failure {
     }
 }
 
-/// The slot of the schedule that a sweep is for.
+/// A sweep that is due: by schedule, by request, or as a continuation.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Slot {
+pub struct DueSweep {
     /// Its time.
     pub schedule_time: DateTime<Utc>,
     /// What caused it.
@@ -118,7 +118,7 @@ pub enum Done {
     /// A time in the status was one that no sweep can have.
     Repaired,
     /// A preflight.
-    Preflight(Result<Checked, Failure>),
+    Preflight(Result<PreflightReport, Failure>),
     /// One attempt at a sweep.
     Sweep(Box<SweepAttempt>),
 }
@@ -126,10 +126,10 @@ pub enum Done {
 /// One attempt at the sweep of a slot.
 #[derive(Clone, Debug)]
 pub struct SweepAttempt {
-    pub slot: Slot,
+    pub slot: DueSweep,
     pub start: DateTime<Utc>,
     /// What a preflight before it found, if there was one.
-    pub checked: Option<Checked>,
+    pub checked: Option<PreflightReport>,
     pub report: Report,
 }
 
@@ -158,7 +158,7 @@ mod tests {
 
     use super::*;
 
-    fn fetched(spec: Value) -> Fetched {
+    fn fetched(spec: Value) -> ParsedObject {
         let object = json!({
             "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app", "uid": "1" },
             "spec": spec, "status": { "unknown": 1 },

@@ -4,11 +4,11 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 
 use super::decide::{Decision, decide};
-use super::model::{AttemptResult, Done, Slot, SweepAttempt};
+use super::model::{AttemptResult, Done, DueSweep, SweepAttempt};
 use super::status::events::events;
 use crate::api::status::{AuditLogSweeperStatus, Trigger};
 use crate::api::{Class, Failure, Reason, Sweeper};
-use crate::preflight::Checked;
+use crate::preflight::PreflightReport;
 use crate::sweep::Report;
 use crate::sweep::report::Ended;
 
@@ -76,7 +76,7 @@ impl World {
                 Decision::Repair => Done::Repaired,
                 Decision::Preflight => {
                     let fails = self.random.u8(0..100) < self.failing;
-                    Done::Preflight(if fails { Err(failed(Class::Transient)) } else { Ok(Checked::default()) })
+                    Done::Preflight(if fails { Err(failed(Class::Transient)) } else { Ok(PreflightReport::default()) })
                 }
                 Decision::Sweep(slot) => {
                     let end = now + TimeDelta::seconds(self.random.i64(0..=longest));
@@ -318,7 +318,7 @@ fn a_status_tells_which_outcomes_it_has_so_that_none_is_counted_twice() {
     let at = |second| DateTime::from_timestamp(second, 0).unwrap();
     let result = |done| AttemptResult { sweeper: sweeper.clone(), done, time: at(1_000_000), led: true };
     let sweep = |start: i64, timed_out: i64, request: &str| {
-        let slot = Slot {
+        let slot = DueSweep {
             schedule_time: at(1_000_000),
             trigger: Trigger::Request,
             limit: 10,
@@ -345,7 +345,7 @@ fn counts_beneath_a_later_attempt_are_added_once_and_stand_in_the_history() {
     let at = |second| DateTime::from_timestamp(1_000_000 + second, 0).unwrap();
     let sweep = |start: i64, timed_out: i64| {
         let (schedule_time, trigger) = (at(start), Trigger::Schedule);
-        let slot = Slot { schedule_time, trigger, limit: 10, continues: None, answers: None };
+        let slot = DueSweep { schedule_time, trigger, limit: 10, continues: None, answers: None };
         let report = Report { timed_out, ..Report::new(Ok(Ended::Drained)) };
         let done = Done::Sweep(Box::new(SweepAttempt { slot, start: at(start), checked: None, report }));
         AttemptResult { sweeper: sweeper.clone(), done, time: at(start), led: true }

@@ -14,23 +14,23 @@ use tokio::time::sleep;
 
 use super::client::{ApiError, ApiServer, text};
 use super::fetch::object;
-use super::model::{AttemptResult, Fetched};
+use super::model::{AttemptResult, ParsedObject};
 use super::status::events::{Event, events};
 use super::{Context, status};
 use crate::api::{AuditLogSweeper, AuditLogSweeperStatus, Sweeper, validate};
 use crate::telemetry::metrics::Operation;
 
 /// The name under which the operator owns the fields of the status.
-const MANAGER: &str = "audit-log-sweeper";
+const FIELD_MANAGER: &str = "audit-log-sweeper";
 
 /// So often a write is tried on top of what others wrote meanwhile.
-const ATTEMPTS: u32 = 5;
+const MAX_WRITES: u32 = 5;
 
 /// After the stop, one try to publish an outcome with rows may take this long, so that there is time for another.
-const STOPPED_TIMEOUT: Duration = Duration::from_millis(2500);
+const SHUTDOWN_WRITE_TIMEOUT: Duration = Duration::from_millis(2500);
 
 /// The same for one without: what it says is made good by the next sweep.
-const STOPPED_TIMEOUT_WITHOUT_ROWS: Duration = Duration::from_secs(1);
+const SHUTDOWN_WRITE_TIMEOUT_NO_ROWS: Duration = Duration::from_secs(1);
 
 /// What was written.
 struct Published {
@@ -39,25 +39,25 @@ struct Published {
     events: Vec<Event>,
 }
 
-/// Publishes a result. It is remembered until the API server has taken it.
+/// Publishes a result. The cache keeps it until the API server accepts it.
 ///
 /// # Errors
 /// When the API server did not take it, or it is not known who leads; nothing is lost by trying again later.
 pub async fn publish(context: &Context, result: Arc<AttemptResult>) -> Result<(), ApiError> {
     let uid = result.sweeper.uid();
     let leads = context.leadership.leads();
-    // The leader says by itself what it sees; only attempts count something.
+    // Without leadership only sweep attempts are kept, because nobody else knows their counts.
     let kept = (leads || result.sweep().is_some()).then(|| result.clone());
     context.cache.change(uid, |entry| {
         entry.pending.clone_from(&kept);
-        // A status that cannot be written changes nothing of it.
+        // It holds even if the status cannot be written.
         entry.not_before = result.apply(&result.sweeper.status).next_schedule_time;
     });
     if kept.is_none() {
         return Ok(());
     }
     let led = leads || result.led;
-    // While no other replica leads, this one may lead again, and then goes on with what it began.
+    // No other replica leads, so this one may lead again, and then publishes the whole result.
     if !led && !context.leadership.another_leads() && !context.stop.is_cancelled() {
         return Err(ApiError::NoLeader);
     }
@@ -67,16 +67,16 @@ pub async fn publish(context: &Context, result: Arc<AttemptResult>) -> Result<()
     };
     context.cache.change(uid, |entry| {
         entry.pending = None;
-        // What was written is what holds: a retry may come sooner than the slot.
+        // The written status wins: a retry may be due before the slot.
         if let Some(Published { status, .. }) = &published {
             entry.not_before = status.next_schedule_time;
         }
     });
     if let Some(Published { events, .. }) = published.filter(|published| !published.events.is_empty()) {
         let (server, recorder) = (context.server.clone(), context.recorder.clone());
-        let telling = async move { publish_events(&server, &recorder, &result.sweeper, &events).await };
-        // At the end they keep nobody waiting: the lease is given back meanwhile.
-        context.stop.run_until_cancelled(context.events.spawn(telling)).await;
+        let sending = async move { publish_events(&server, &recorder, &result.sweeper, &events).await };
+        // During shutdown, events go on in the background while the Lease is released.
+        context.stop.run_until_cancelled(context.events.spawn(sending)).await;
     }
     Ok(())
 }
@@ -85,16 +85,16 @@ pub async fn publish(context: &Context, result: Arc<AttemptResult>) -> Result<()
 async fn give_up(context: &Context, result: &AttemptResult) -> Duration {
     context.stop.cancelled().await;
     let time = match result.sweep() {
-        Some(_) if result.has_rows() => STOPPED_TIMEOUT,
-        Some(_) => STOPPED_TIMEOUT_WITHOUT_ROWS,
+        Some(_) if result.has_rows() => SHUTDOWN_WRITE_TIMEOUT,
+        Some(_) => SHUTDOWN_WRITE_TIMEOUT_NO_ROWS,
         None => Duration::ZERO,
     };
     sleep(time).await;
     time
 }
 
-/// Writes the status that follows from a result onto the one that it came from, or onto what is there by now. None: the
-/// object is gone, or another one has its name. Without `led` it only adds the counts: see [`AttemptResult`].
+/// Writes the next status. After a conflict, computes it again from the current status. Returns None if the object is gone or
+/// replaced. Without leadership, adds only the counts.
 async fn write_result(
     server: &ApiServer,
     result: &AttemptResult,
@@ -103,13 +103,13 @@ async fn write_result(
 ) -> Result<Option<Published>, ApiError> {
     let AttemptResult { sweeper, .. } = result;
     let (mut metadata, mut old) = (sweeper.metadata.clone(), sweeper.status.clone());
-    for _ in 0..ATTEMPTS {
-        // An earlier try may have arrived, and only its answer not.
+    for _ in 0..MAX_WRITES {
+        // An earlier write may have succeeded although its answer was lost.
         if result.is_in(&old) {
             return Ok(Some(Published { status: old, events: vec![] }));
         }
-        // A later attempt of another replica, or what it says of a newer spec, stands; only the totals take ours in. Ignore a
-        // lastAttemptTime in the future: no attempt wrote it.
+        // A later attempt or a newer generation stays; then only the totals change. A lastAttemptTime in the future is ignored,
+        // because no attempt wrote it.
         let later = |start| old.last_attempt_time.is_some_and(|last| start < last && last <= now);
         // A restored status may have seen generations that this object never had.
         let newer =
@@ -128,16 +128,16 @@ async fn write_result(
         }
         match object(server, sweeper.namespace(), sweeper.name()).await? {
             Some(now) if now.meta().uid != sweeper.metadata.uid => return Ok(None),
-            Some(Fetched(Ok(now))) => (metadata, old) = (now.metadata, now.status.unwrap_or_default()),
+            Some(ParsedObject(Ok(now))) => (metadata, old) = (now.metadata, now.status.unwrap_or_default()),
             // The counts wait until it is valid again.
-            Some(Fetched(Err(_))) => break,
+            Some(ParsedObject(Err(_))) => break,
             None => return Ok(None),
         }
     }
     Err(ApiError::Conflict)
 }
 
-/// Writes a status. If the API server finds it invalid, it may be too long for an older CRD: then without its texts.
+/// Writes a status. On HTTP 422 it retries without `unsweepable` and `lastError`, which an older CRD may refuse.
 async fn write_or_reduce(server: &ApiServer, meta: &ObjectMeta, new: &AuditLogSweeperStatus) -> Result<(), ApiError> {
     match write(server, meta, new).await {
         Err(error) if error.code() == Some(422) => {
@@ -165,7 +165,7 @@ async fn publish_events(server: &ApiServer, recorder: &Recorder, sweeper: &Sweep
             secondary: None,
         };
         let about = sweeper.reference();
-        if let Err(error) = server.within(Operation::PublishEvent, recorder.publish(&kube_event, &about)).await {
+        if let Err(error) = server.request(Operation::PublishEvent, recorder.publish(&kube_event, &about)).await {
             tracing::debug!(reason = event.reason, error = text(&error), "an event could not be published");
         }
     }
@@ -175,7 +175,7 @@ async fn publish_events(server: &ApiServer, recorder: &Recorder, sweeper: &Sweep
 /// With the resourceVersion, so that it fails if others wrote meanwhile, or if another object has the name.
 async fn write(server: &ApiServer, meta: &ObjectMeta, status: &AuditLogSweeperStatus) -> Result<(), ApiError> {
     let namespace = meta.namespace.as_deref().unwrap_or_default();
-    let api: Api<Fetched> = Api::namespaced(server.client.clone(), namespace);
+    let api: Api<ParsedObject> = Api::namespaced(server.client.clone(), namespace);
     let operations = json!([
         { "op": "replace", "path": "/metadata/resourceVersion", "value": meta.resource_version },
         { "op": "add", "path": "/status", "value": status },
@@ -183,9 +183,9 @@ async fn write(server: &ApiServer, meta: &ObjectMeta, status: &AuditLogSweeperSt
     let patch = Patch::Json::<()>(serde_json::from_value(operations).map_err(kube::Error::SerdeError)?);
     // A field that an older CRD does not know is an error, and is not dropped without a word.
     let field_validation = Some(ValidationDirective::Strict);
-    let params = PatchParams { field_manager: Some(MANAGER.into()), field_validation, ..PatchParams::default() };
+    let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), field_validation, ..PatchParams::default() };
     let write = api.patch_status(meta.name.as_deref().unwrap_or_default(), &params, &patch);
-    server.essential(Operation::PatchStatus, namespace, write).await.map(drop)
+    server.request_required(Operation::PatchStatus, namespace, write).await.map(drop)
 }
 
 /// Says of an object that cannot be read, or breaks the rules, what is wrong with it.
@@ -202,7 +202,7 @@ pub async fn publish_invalid(
     let kind = ApiResource::erase::<AuditLogSweeper>(&());
     let api: Api<DynamicObject> = Api::namespaced_with(server.client.clone(), namespace, &kind);
     let get = api.get_opt(meta.name.as_deref().unwrap_or_default());
-    let Some(object) = server.essential(Operation::GetObject, namespace, get).await? else { return Ok(()) };
+    let Some(object) = server.request_required(Operation::GetObject, namespace, get).await? else { return Ok(()) };
     let old = object.data.get("status").cloned().unwrap_or_default();
     let old = validate::readable_status(&old);
     // It is about another spec, or another object: the watch will tell.

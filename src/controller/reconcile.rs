@@ -15,7 +15,7 @@ use tracing::warn;
 use super::client::{self, ApiError};
 use super::decide::{Decision, decide};
 use super::execute::{self, Permits};
-use super::model::{AttemptResult, Fetched};
+use super::model::{AttemptResult, ParsedObject};
 use super::publish::{publish, publish_invalid};
 use super::{Context, fetch};
 
@@ -33,10 +33,10 @@ const API_RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_
 ///
 /// # Errors
 /// When the API server does not answer, or not as it should.
-pub async fn reconcile(watched: Arc<Fetched>, context: Arc<Context>) -> Result<Action, ApiError> {
+pub async fn reconcile(watched: Arc<ParsedObject>, context: Arc<Context>) -> Result<Action, ApiError> {
     let _running = context.running.token();
     let uid = watched.meta().uid.clone().unwrap_or_default();
-    // What may still have to be published is seen to by whoever waits for the token.
+    // After every reconcile has dropped its token, `shutdown::drain` publishes what is pending.
     if context.stop.is_cancelled() {
         return Ok(Action::await_change());
     }
@@ -47,7 +47,7 @@ pub async fn reconcile(watched: Arc<Fetched>, context: Arc<Context>) -> Result<A
 }
 
 /// When an object is tried again whose reconcile failed.
-pub fn error_policy(watched: Arc<Fetched>, error: &ApiError, context: Arc<Context>) -> Action {
+pub fn error_policy(watched: Arc<ParsedObject>, error: &ApiError, context: Arc<Context>) -> Action {
     if context.stop.is_cancelled() {
         return Action::await_change();
     }
@@ -63,14 +63,14 @@ pub fn error_policy(watched: Arc<Fetched>, error: &ApiError, context: Arc<Contex
 }
 
 /// Publishes what is pending for an object, or else runs the pipeline if something is due, once it has its permits.
-async fn reconcile_if_due(watched: &Fetched, uid: &str, context: &Context) -> Result<Action, ApiError> {
-    // Also without the lead: it is about what this replica did while it had it, and lays itself beneath later attempts.
+async fn reconcile_if_due(watched: &ParsedObject, uid: &str, context: &Context) -> Result<Action, ApiError> {
+    // A replica publishes its own result also after it lost the lead. A later attempt is never overwritten.
     // An object that cannot be read takes no counts: they wait, and what is wrong with it is said.
     let pending = context.cache.get(uid).pending.filter(|_| watched.0.is_ok());
     if let Some(pending) = pending {
         return Box::pin(publish(context, pending)).await.map(|()| Action::requeue(AFTER_WRITE));
     }
-    // Whoever begins to lead looks at every object again.
+    // A new term reconciles every object again.
     let Some(term) = context.leadership.term() else { return Ok(Action::await_change()) };
     match triage(watched, uid, context) {
         Triage::Wait(action) => return Ok(action),
@@ -82,7 +82,7 @@ async fn reconcile_if_due(watched: &Fetched, uid: &str, context: &Context) -> Re
     }
     let permits = term.run_until_cancelled(Box::pin(execute::acquire_permits(uid, context))).await.flatten();
     let Some(permits) = permits else { return Ok(Action::await_change()) };
-    // What takes much room is on the heap, and begins here: of very many objects most wait for one another.
+    // Boxed here, so an object that waits for permits holds only a small future.
     Box::pin(pipeline(watched, permits, context, &term)).await
 }
 
@@ -96,7 +96,7 @@ enum Triage {
     Due,
 }
 
-fn triage(watched: &Fetched, uid: &str, context: &Context) -> Triage {
+fn triage(watched: &ParsedObject, uid: &str, context: &Context) -> Triage {
     match context.cache.validate(watched) {
         Err(invalid) => Triage::Invalid(invalid),
         Ok(sweeper) => match decide(Utc::now(), &sweeper, context.cache.get(uid).not_before) {
@@ -108,7 +108,7 @@ fn triage(watched: &Fetched, uid: &str, context: &Context) -> Triage {
 
 /// Fetch, decide, execute, status, publish. Then the object is looked at again.
 async fn pipeline(
-    watched: &Fetched,
+    watched: &ParsedObject,
     permits: Permits<'_>,
     context: &Context,
     term: &CancellationToken,

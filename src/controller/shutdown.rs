@@ -61,7 +61,7 @@ pub(super) async fn drain(context: &Context) -> ShutdownReport {
              the status does not know of it"
         );
     }
-    ShutdownReport { sweeping: context.sweep_limiter.taken(), uncounted: left.len(), events: context.events.clone() }
+    ShutdownReport { sweeping: context.sweep_limiter.in_use(), uncounted: left.len(), events: context.events.clone() }
 }
 
 /// Tries until it is published, but once only if there are no rows in it.

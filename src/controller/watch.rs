@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::client::{ApiError, ApiServer, text};
-use super::model::Fetched;
+use super::model::ParsedObject;
 use super::{Context, Settings, fetch, reconcile};
 use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::Operation;
@@ -25,14 +25,14 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(800), Duration::from_
 /// How often a watch that failed is looked after.
 const PROBE: Duration = Duration::from_secs(1);
 
-type Objects = Api<Fetched>;
+type Objects = Api<ParsedObject>;
 
 /// The objects of one namespace, or of all.
 pub struct Scope {
     name: String,
     objects: Objects,
     selector: Option<String>,
-    controller: Controller<Fetched>,
+    controller: Controller<ParsedObject>,
 }
 
 impl Scope {
@@ -42,7 +42,8 @@ impl Scope {
             let mut config = watcher::Config::default();
             config.label_selector.clone_from(&settings.selector);
             let (store, writer) = reflector::store();
-            let seen = watcher(objects.clone(), config).modify(fetch::leave_out).reflect(writer).applied_objects();
+            let seen =
+                watcher(objects.clone(), config).modify(fetch::strip_unused_fields).reflect(writer).applied_objects();
             let controller = Controller::for_stream(seen, store).trigger_backoff(Retry::default());
             Self { name, objects, selector: settings.selector.clone(), controller }
         };
@@ -54,7 +55,7 @@ impl Scope {
     }
 
     /// What the watch has seen.
-    pub fn store(&self) -> Store<Fetched> {
+    pub fn store(&self) -> Store<ParsedObject> {
         self.controller.store()
     }
 
@@ -140,7 +141,7 @@ struct Health {
 
 impl Health {
     /// Never returns while the store has a writer.
-    async fn look_after(&self, store: &Store<Fetched>, failed: &Notify) {
+    async fn look_after(&self, store: &Store<ParsedObject>, failed: &Notify) {
         let mut first = true;
         loop {
             if first {
@@ -183,10 +184,10 @@ impl Health {
     /// Lists and watches, as the watch does: the one right may be there without the other.
     async fn probe(&self) -> Result<(), ApiError> {
         let one = ListParams { label_selector: self.selector.clone(), limit: Some(1), ..ListParams::default() };
-        let listed = self.server.within(Operation::Watch, self.objects.list_metadata(&one)).await?;
+        let listed = self.server.request(Operation::Watch, self.objects.list_metadata(&one)).await?;
         let version = listed.metadata.resource_version.unwrap_or_default();
         let short = WatchParams { label_selector: self.selector.clone(), timeout: Some(1), ..WatchParams::default() };
-        self.server.within(Operation::Watch, self.objects.watch_metadata(&short, &version)).await.map(drop)
+        self.server.request(Operation::Watch, self.objects.watch_metadata(&short, &version)).await.map(drop)
     }
 }
 

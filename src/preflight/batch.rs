@@ -1,7 +1,7 @@
 //! Judges the plan that the server makes for a batch, and for the application's own completion. Pure, as `judge` is.
 
 use super::catalog::Catalog;
-use super::finding::{Checked, Severity, Subject};
+use super::finding::{PreflightReport, Severity, Subject};
 use super::fix::{self, field, qualified, quoted};
 use crate::api::Reason;
 use crate::database::Error;
@@ -11,7 +11,7 @@ use Severity::{Blocking, NotReady, Warning};
 
 /// Judges the plan of a batch. `completion`: the indexes that the server would use for the application's own completion of
 /// a row by its key, if it could be asked.
-pub fn judge(steps: &[String], completion: Option<&[String]>, facts: &Catalog, checked: &mut Checked) {
+pub fn judge(steps: &[String], completion: Option<&[String]>, facts: &Catalog, checked: &mut PreflightReport) {
     if let Some(indexes) = completion {
         completion_by_key(indexes, facts, checked);
     }
@@ -43,7 +43,7 @@ pub fn judge(steps: &[String], completion: Option<&[String]>, facts: &Catalog, c
     checked.find(Subject::Statement, NotReady, Reason::IndexMissing, message, None);
 }
 
-fn completion_by_key(indexes: &[String], facts: &Catalog, checked: &mut Checked) {
+fn completion_by_key(indexes: &[String], facts: &Catalog, checked: &mut PreflightReport) {
     let private = facts.tree.iter().flat_map(|node| &node.indexes);
     let mut private = private.filter(|index| index.open == Some(OpenPredicate::Private));
     if let Some(index) = private.find(|index| indexes.contains(&index.name)) {
@@ -58,7 +58,7 @@ fn completion_by_key(indexes: &[String], facts: &Catalog, checked: &mut Checked)
 }
 
 /// Judges the server's refusal to plan a batch.
-pub fn judge_refusal(error: &Error, checked: &mut Checked) {
+pub fn judge_refusal(error: &Error, checked: &mut PreflightReport) {
     // Of all that the catalog does not tell, what is left is a value that does not fit its column.
     let fix = (error.reason() == Reason::SchemaMismatch).then(|| field("spec.complete"));
     let message = format!("the server refuses the statement of a sweep: {error}");
@@ -80,7 +80,7 @@ mod tests {
         let steps = ["Update on audit_log t".to_owned(), "  ->  Seq Scan on audit_log".to_owned()];
         let facts = nothing();
         for (severity, findings) in [(None, 1), (Some(NotReady), 1), (Some(Warning), 2)] {
-            let mut checked = Checked::default();
+            let mut checked = PreflightReport::default();
             if let Some(severity) = severity {
                 checked.find(Subject::Index, severity, Reason::IndexMissing, "", None);
             }
@@ -119,7 +119,7 @@ mod tests {
         };
         let facts = Catalog { tree: vec![node], ..nothing() };
         for (used, findings) in [("pkey", 0), ("open", 1)] {
-            let mut checked = Checked::default();
+            let mut checked = PreflightReport::default();
             judge(&[], Some(&[used.to_owned()]), &facts, &mut checked);
             assert_eq!(checked.findings.len(), findings, "{checked:#?}");
             assert!(checked.ready() && checked.passed[0].1.ends_with(&format!("completions use \"{used}\"")));

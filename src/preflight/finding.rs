@@ -212,7 +212,7 @@ impl From<&Error> for Finding {
 
 /// The outcome of a preflight.
 #[derive(Clone, Debug, Default)]
-pub struct Checked {
+pub struct PreflightReport {
     /// The server's own text; None: it could not be asked.
     pub server_version: Option<String>,
     /// What is as it must be, and what was seen there.
@@ -221,7 +221,7 @@ pub struct Checked {
     pub findings: Vec<Finding>,
 }
 
-impl Checked {
+impl PreflightReport {
     /// Whether nothing but warnings was found.
     pub fn ready(&self) -> bool {
         self.findings.iter().all(|finding| finding.severity == Severity::Warning)

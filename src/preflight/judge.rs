@@ -1,7 +1,7 @@
 //! Judges the facts, pure: what passes, what does not, why that matters, and what fixes it.
 
 use super::catalog::{Catalog, Column, Node, Schema, Server, Table};
-use super::finding::{Checked, Fix, RunAs, Severity, Subject};
+use super::finding::{Fix, PreflightReport, RunAs, Severity, Subject};
 use super::fix::{self, Does, Wanted, field, part, parts, qualified, quoted, sql};
 use crate::api::Reason;
 use crate::sweep::Plan;
@@ -21,7 +21,7 @@ const MAX_DEAD_ROWS: i64 = 250_000;
 const GOOD_THRESHOLD: i64 = 100_000;
 
 /// Judges the server. False: there is no sense in asking it more.
-pub fn server(server: &Server, checked: &mut Checked) -> bool {
+pub fn server(server: &Server, checked: &mut PreflightReport) -> bool {
     let at = Some(field("spec.database.secretRef"));
     if server.product != "PostgreSQL" || server.number < OLDEST {
         let message = format!(
@@ -41,7 +41,7 @@ pub fn server(server: &Server, checked: &mut Checked) -> bool {
 }
 
 /// Judges all that the catalog tells.
-pub fn catalog(plan: &Plan, server: &Server, facts: &Catalog, checked: &mut Checked) {
+pub fn catalog(plan: &Plan, server: &Server, facts: &Catalog, checked: &mut PreflightReport) {
     let names = &plan.names;
     let Some(schema) = &facts.schema else {
         let message = format!("there is no schema {} in this database{}", quoted(&names.schema), elsewhere(facts));
@@ -113,7 +113,7 @@ impl Judge<'_> {
         parts(all)
     }
 
-    fn table(&self, checked: &mut Checked) {
+    fn table(&self, checked: &mut PreflightReport) {
         let table = &self.plan.table;
         let mut find = |message: String, owner: &str, schema: &str, action: String| {
             let fix = self.by(owner, schema, RunAs::Owner(owner.into()), [action]);
@@ -151,7 +151,7 @@ impl Judge<'_> {
         }
     }
 
-    fn key(&self, checked: &mut Checked) {
+    fn key(&self, checked: &mut PreflightReport) {
         let (id, started) = (self.names.id.as_str(), self.names.time_started.as_str());
         let columns: Vec<&Column> = [id, started].into_iter().filter_map(|name| self.column(name)).collect();
         if columns.len() < 2 {
@@ -194,7 +194,7 @@ impl Judge<'_> {
         checked.find(Subject::Key, Blocking, Reason::SchemaMismatch, message, fix);
     }
 
-    fn index(&self, checked: &mut Checked) {
+    fn index(&self, checked: &mut PreflightReport) {
         let Names { id, time_started, time_completed, .. } = self.names;
         if [id, time_started, time_completed].iter().any(|name| self.column(name).is_none()) {
             return;
@@ -244,7 +244,7 @@ impl Judge<'_> {
     }
 
     /// Dead entries stay in the index until vacuum comes, and each sweep reads past them.
-    fn autovacuum(&self, checked: &mut Checked) {
+    fn autovacuum(&self, checked: &mut PreflightReport) {
         let rarely = |node: &&Node| node.kind == "r" && node.autovacuum_at.unwrap_or(node.rows) > MAX_DEAD_ROWS;
         for node in self.facts.tree.iter().filter(|node| node.rows > MAX_DEAD_ROWS).filter(rarely) {
             let table = qualified(&node.schema, &node.name);
@@ -273,7 +273,7 @@ impl Judge<'_> {
         }
     }
 
-    fn rights(&self, checked: &mut Checked) {
+    fn rights(&self, checked: &mut PreflightReport) {
         let user = quoted(&self.server.user);
         if !self.schema.usage {
             let schema = quoted(&self.names.schema);
@@ -307,7 +307,7 @@ impl Judge<'_> {
         }
     }
 
-    fn row_security(&self, checked: &mut Checked) {
+    fn row_security(&self, checked: &mut PreflightReport) {
         let table = self.table;
         if !table.row_security {
             checked.pass(Subject::RowSecurity, "off for this table");
@@ -329,7 +329,7 @@ impl Judge<'_> {
         }
     }
 
-    fn constraints(&self, checked: &mut Checked) {
+    fn constraints(&self, checked: &mut PreflightReport) {
         for constraint in self.table.constraints.iter().filter(|c| c.expression.is_some() && !c.validated) {
             let (table, name) = (qualified(&constraint.schema, &constraint.table), quoted(&constraint.name));
             let message = format!(
@@ -346,7 +346,7 @@ impl Judge<'_> {
         }
     }
 
-    fn triggers(&self, checked: &mut Checked) {
+    fn triggers(&self, checked: &mut PreflightReport) {
         let fires = self
             .table
             .triggers
@@ -401,7 +401,7 @@ fn kind(node: &Node) -> &'static str {
 mod tests {
     use super::*;
 
-    fn judged(product: &str, version: &str, number: i64) -> (bool, Checked) {
+    fn judged(product: &str, version: &str, number: i64) -> (bool, PreflightReport) {
         let server = Server {
             product: product.into(),
             version: version.into(),
@@ -410,7 +410,7 @@ mod tests {
             user: "u".into(),
             bypass: false,
         };
-        let mut checked = Checked::default();
+        let mut checked = PreflightReport::default();
         (super::server(&server, &mut checked), checked)
     }
 

@@ -15,7 +15,7 @@ mod values;
 
 use std::time::Duration;
 
-pub use finding::{Checked, Finding, Fix, Part, RunAs, Severity, Subject};
+pub use finding::{Finding, Fix, Part, PreflightReport, RunAs, Severity, Subject};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio_postgres::SimpleQueryMessage;
@@ -33,15 +33,19 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// When the database cannot be reached or stops answering: what is wrong with the table is no error but a finding.
-pub async fn check(plan: &Plan, target: &Target) -> Result<Checked, Error> {
-    check_in_turn(plan, target, std::future::ready(())).await
+pub async fn check(plan: &Plan, target: &Target) -> Result<PreflightReport, Error> {
+    check_with_permit(plan, target, std::future::ready(())).await
 }
 
 /// The same, but once connected it waits for its turn, and keeps what that gives to the end.
 ///
 /// # Errors
 /// As [`check`].
-pub async fn check_in_turn<T>(plan: &Plan, target: &Target, turn: impl Future<Output = T>) -> Result<Checked, Error> {
+pub async fn check_with_permit<T>(
+    plan: &Plan,
+    target: &Target,
+    turn: impl Future<Output = T>,
+) -> Result<PreflightReport, Error> {
     let session = target.connect(plan.deadline).await?;
     let _turn = turn.await;
     let checked = look(&session, plan).await;
@@ -52,8 +56,8 @@ pub async fn check_in_turn<T>(plan: &Plan, target: &Target, turn: impl Future<Ou
     checked
 }
 
-async fn look(session: &Session, plan: &Plan) -> Result<Checked, Error> {
-    let mut checked = Checked::default();
+async fn look(session: &Session, plan: &Plan) -> Result<PreflightReport, Error> {
+    let mut checked = PreflightReport::default();
     let server: catalog::Server = ask(session, &catalog::server(timeout(plan))).await?;
     checked.server_version = Some(server.version.clone());
     if !judge::server(&server, &mut checked) {
@@ -84,7 +88,7 @@ async fn try_values(
     session: &Session,
     plan: &Plan,
     facts: &catalog::Catalog,
-    checked: &mut Checked,
+    checked: &mut PreflightReport,
 ) -> Result<(), Error> {
     let Some(table) = &facts.table else { return Ok(()) };
     for trial in values::trials(plan, table) {

@@ -2,7 +2,7 @@
 
 use super::catalog::Column;
 use super::dependants::Hold;
-use super::finding::{Checked, Fix, Severity, Subject};
+use super::finding::{Fix, PreflightReport, Severity, Subject};
 use super::fix::{self, field, quoted};
 use super::judge::Judge;
 use crate::api::Reason;
@@ -33,7 +33,7 @@ struct Cast {
 }
 
 impl Judge<'_> {
-    pub(super) fn key_type(&self, column: &Column, path: &str, checked: &mut Checked) {
+    pub(super) fn key_type(&self, column: &Column, path: &str, checked: &mut PreflightReport) {
         if column.type_schema == "pg_catalog" && KEY_TYPES.contains(&column.type_name.as_str()) {
             return;
         }
@@ -52,7 +52,7 @@ impl Judge<'_> {
         checked.find(Subject::Columns, Blocking, Reason::SchemaMismatch, message, fix);
     }
 
-    pub(super) fn time_type(&self, column: &Column, path: &str, checked: &mut Checked) {
+    pub(super) fn time_type(&self, column: &Column, path: &str, checked: &mut PreflightReport) {
         let name = quoted(&column.name);
         if column.type_schema != "pg_catalog" || column.type_name != "timestamptz" {
             let (note, fix) = self.retyped(column, path, to_time(column));

@@ -1,7 +1,7 @@
 //! Tries what a sweep sets, after the catalog was judged: whether each value fits its column and passes the CHECKs on it.
 
 use super::catalog::{Catalog, Column, Constraint, Table};
-use super::finding::{Checked, Severity, Subject};
+use super::finding::{PreflightReport, Severity, Subject};
 use super::fix::{self, field, qualified, quoted};
 use crate::api::Reason;
 use crate::database::Error;
@@ -83,7 +83,7 @@ pub fn trials(plan: &Plan, table: &Table) -> Vec<Trial> {
 }
 
 /// Judges what became of a trial: the server's answer, or its error.
-pub fn trial(trial: &Trial, answer: Result<Option<&str>, &Error>, checked: &mut Checked) {
+pub fn trial(trial: &Trial, answer: Result<Option<&str>, &Error>, checked: &mut PreflightReport) {
     let state = match (answer, trial.check) {
         (Ok(Some("t")), _) | (Ok(_), Check::No) | (Ok(None), Check::Decided) => return,
         (Err(error), Check::No | Check::Decided) => format!(" (SQLSTATE {})", error.sqlstate().unwrap_or("unknown")),
@@ -105,7 +105,7 @@ pub fn trial(trial: &Trial, answer: Result<Option<&str>, &Error>, checked: &mut 
 }
 
 /// Says what may refuse rows and cannot be tried without them.
-pub fn untried(plan: &Plan, facts: &Catalog, table: &Table, checked: &mut Checked) {
+pub fn untried(plan: &Plan, facts: &Catalog, table: &Table, checked: &mut PreflightReport) {
     let Plan { names, .. } = plan;
     // NULL refers to nothing and equals nothing.
     let sets = |columns: &[Option<String>]| {

@@ -1,8 +1,7 @@
-//! How many rows the next batch takes, and what to do when one fails: pure, so that every course of events can be tried
-//! without a database. `execute` asks it before and after every batch.
+//! Decides the size of the next batch, and what to do about a failed one. Pure, so tests replay any sequence.
 //!
-//! A busy server gets smaller batches, and larger ones again after three good ones. A batch with a row that the server
-//! refuses is bisected until that row stands alone; the rows around it go at the usual size.
+//! A busy server halves the size; three successes double it. A refused batch is bisected until the refused row is alone. The
+//! rows around it go at the usual size.
 
 use std::time::Duration;
 
@@ -10,32 +9,32 @@ use super::recovery::Recovery;
 use super::throttle::Throttle;
 use crate::database::Error;
 
-/// After so many good batches in a row the size doubles.
-const GOOD: u32 = 3;
+/// After this many successes in a row the size doubles.
+const GROW_AFTER: u32 = 3;
 
-/// A batch that lost against other transactions is tried again this often, after a pause so long.
+/// How often a batch that lost against other transactions is tried again, and the pause before each retry.
 const CONFLICTS: (u32, Duration) = (5, Duration::from_millis(20));
 
-/// A batch that found the table locked is tried again this often, after a pause so long.
+/// How often a batch that found the table locked is tried again, and the pause before each retry.
 pub const LOCKED: (u32, Duration) = (3, Duration::from_millis(500));
 
-/// So many rows refused in a row for one cause, and none that went well between: it is not the rows.
-const ALIKE: i64 = 8;
+/// After this many rows stepped over in a row with the same error, the cause is not the rows.
+const MAX_SAME_ERROR: i64 = 8;
 
-/// So many rows are stepped over in one sweep.
-const REFUSED: i64 = 100;
+/// A sweep ends after it stepped over this many refused rows.
+const MAX_REFUSED_ROWS: i64 = 100;
 
-/// What to try next.
+/// The next batch.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Next {
-    /// The most rows.
+pub struct NextBatch {
+    /// Its rows, at most.
     pub rows: i64,
-    /// Whether the next row is taken by itself, in a way that tells its key.
-    pub alone: bool,
-    /// Whether others write to the server, so that a pause comes before it.
-    pub gives_way: bool,
-    /// Whether there are fewer rows in it because of them.
-    pub small: bool,
+    /// Whether it is one row, chosen in a statement of its own, so that its key is known.
+    pub single: bool,
+    /// Whether a pause precedes it, because other clients write.
+    pub throttled: bool,
+    /// Whether throttling reduced its size.
+    pub reduced: bool,
 }
 
 /// What to do about an error.
@@ -45,7 +44,7 @@ pub enum Reaction {
     Retry(Duration),
     /// Ask the server whether the statement fits no row at all; if not so, go on with fewer rows.
     Diagnose,
-    /// Step over the row: the server refuses it, or is too busy for it.
+    /// Step over the row. It counts as refused, or as skipped if the server was too busy for it.
     StepOver { refused: bool },
     /// There was less time than a statement may take, which says nothing of the row.
     OutOfTime,
@@ -56,13 +55,13 @@ pub enum Reaction {
 /// The course of one sweep so far.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct BatchPlanner {
-    most: i64,
+    max_size: i64,
     size: i64,
-    good: u32,
+    successes: u32,
     /// The server was too busy, and no batch has grown since.
     busy: bool,
-    /// Among so many rows from here on one was refused.
-    suspects: Option<i64>,
+    /// The next rows, this many, contain a refused row.
+    suspect_rows: Option<i64>,
     throttle: Throttle,
     /// Rows refused in all.
     refused: i64,
@@ -76,54 +75,58 @@ struct FailureStreak {
     locked: u32,
     skipped: i64,
     /// The kind of the last refusals, and how many of them came in a row.
-    alike: Option<(String, i64)>,
+    same_error: Option<(String, i64)>,
 }
 
 impl BatchPlanner {
-    /// Starts at the full size, and gives way to others for so long at most.
-    pub fn new(most: i64, yield_budget: Duration) -> Self {
-        let (most, throttle) = (most.max(1), Throttle::new(yield_budget));
+    /// Starts at the full size. The sweep yields to other clients for no longer than its budget.
+    pub fn new(max_size: i64, yield_budget: Duration) -> Self {
+        let (max_size, throttle) = (max_size.max(1), Throttle::new(yield_budget));
         let streak = FailureStreak::default();
-        Self { most, size: most, good: 0, busy: false, suspects: None, throttle, refused: 0, streak }
+        Self { max_size, size: max_size, successes: 0, busy: false, suspect_rows: None, throttle, refused: 0, streak }
     }
 
-    /// What to try so long after the start of the sweep, if `left` are left of the limit. `waiting`: another sweep waits
-    /// until this one is over, so it gives way to nobody.
-    pub fn next(&self, left: i64, at: Duration, waiting: bool) -> Next {
-        let alone = match self.suspects {
-            Some(suspects) => suspects <= 3,
+    /// Returns the next batch, `at` being the time since the start of the sweep and `left` what is left of the limit. With
+    /// `waiting`, the sweep does not yield, because another sweep waits for it.
+    pub fn next(&self, left: i64, at: Duration, waiting: bool) -> NextBatch {
+        let single = match self.suspect_rows {
+            Some(suspect_rows) => suspect_rows <= 3,
             None => self.size == 1 && self.busy,
         };
-        let usual = if alone { 1 } else { self.suspects.map_or(self.size, |suspects| (suspects / 2).max(1)).min(left) };
+        let usual = if single {
+            1
+        } else {
+            self.suspect_rows.map_or(self.size, |suspect_rows| (suspect_rows / 2).max(1)).min(left)
+        };
         let way = self.throttle.max_rows(at).filter(|_| !waiting);
-        let rows = way.map_or(usual, |most| usual.min(most));
-        Next { rows, alone, gives_way: way.is_some(), small: rows < usual }
+        let rows = way.map_or(usual, |max_size| usual.min(max_size));
+        NextBatch { rows, single, throttled: way.is_some(), reduced: rows < usual }
     }
 
-    /// A batch of so many rows went well.
-    pub fn went_well(&mut self, rows: i64) {
+    /// Records a batch of this many rows that was committed.
+    pub fn record_success(&mut self, rows: i64) {
         self.streak = FailureStreak::default();
-        if let Some(suspects) = self.suspects {
-            self.suspects = Some(suspects - rows).filter(|left| *left > 0);
+        if let Some(suspect_rows) = self.suspect_rows {
+            self.suspect_rows = Some(suspect_rows - rows).filter(|left| *left > 0);
             return;
         }
-        // A batch that was small for another reason says nothing of larger ones.
+        // A batch below the planned size does not show that larger ones succeed.
         if rows < self.size {
             return;
         }
-        self.good += 1;
-        if self.good >= GOOD {
-            (self.size, self.good, self.busy) = ((self.size * 2).min(self.most), 0, false);
+        self.successes += 1;
+        if self.successes >= GROW_AFTER {
+            (self.size, self.successes, self.busy) = ((self.size * 2).min(self.max_size), 0, false);
         }
     }
 
-    /// What a batch saw of others, see [`Throttle::record`].
-    pub fn saw_others(&mut self, ended: u64, started: u64, at: Duration) {
+    /// Records what a batch observed of other clients, see [`Throttle::record`].
+    pub fn record_activity(&mut self, ended: u64, started: u64, at: Duration) {
         self.throttle.record(ended, started, at);
     }
 
-    /// What to do about the error of a try, or of its one row.
-    pub fn react(&mut self, tried: Next, error: &Error, of_row: bool, short_of_time: bool) -> Reaction {
+    /// Decides what to do about an error of a batch; `of_row` if it is about one known row.
+    pub fn react(&mut self, tried: NextBatch, error: &Error, of_row: bool, short_of_time: bool) -> Reaction {
         let FailureStreak { conflicts, locked, .. } = &mut self.streak;
         match Recovery::from(error) {
             Recovery::Smaller if of_row && short_of_time => Reaction::OutOfTime,
@@ -138,35 +141,35 @@ impl BatchPlanner {
                 *locked += 1;
                 Reaction::Retry(LOCKED.1)
             }
-            Recovery::Smaller if !tried.alone => {
-                (self.size, self.good, self.busy, self.suspects) = ((tried.rows / 2).max(1), 0, true, None);
+            Recovery::Smaller if !tried.single => {
+                (self.size, self.successes, self.busy, self.suspect_rows) = ((tried.rows / 2).max(1), 0, true, None);
                 Reaction::Retry(Duration::ZERO)
             }
-            Recovery::Again | Recovery::Bisect if !tried.alone => {
+            Recovery::Again | Recovery::Bisect if !tried.single => {
                 *conflicts = 0;
-                self.suspects = Some(tried.rows.max(1));
+                self.suspect_rows = Some(tried.rows.max(1));
                 Reaction::Diagnose
             }
             _ => Reaction::Fail,
         }
     }
 
-    /// Steps over a row: what comes behind it is under no suspicion. The error with which to end, if it was one too many.
+    /// Steps over a row and clears the suspicion behind it. Returns the error if the sweep must end.
     pub fn step_over(&mut self, error: Error, refused: bool) -> Option<Error> {
-        self.suspects = None;
+        self.suspect_rows = None;
         if !refused {
             self.streak.skipped += 1;
-            return (self.streak.skipped >= ALIKE).then_some(error);
+            return (self.streak.skipped >= MAX_SAME_ERROR).then_some(error);
         }
         self.refused += 1;
         self.streak.conflicts = 0;
         let kind = error.kind();
-        let rows = self.streak.alike.take().filter(|(last, _)| *last == kind).map_or(1, |(_, rows)| rows + 1);
-        self.streak.alike = Some((kind, rows));
+        let rows = self.streak.same_error.take().filter(|(last, _)| *last == kind).map_or(1, |(_, rows)| rows + 1);
+        self.streak.same_error = Some((kind, rows));
         let cause = Box::new(error);
-        if rows >= ALIKE {
+        if rows >= MAX_SAME_ERROR {
             Some(Error::AllRefused { rows, cause })
-        } else if self.refused >= REFUSED {
+        } else if self.refused >= MAX_REFUSED_ROWS {
             Some(Error::ManyRefused { rows: self.refused, cause })
         } else {
             None
@@ -195,8 +198,8 @@ mod tests {
         })
     }
 
-    fn planner(most: i64) -> BatchPlanner {
-        BatchPlanner::new(most, Duration::ZERO)
+    fn planner(max_size: i64) -> BatchPlanner {
+        BatchPlanner::new(max_size, Duration::ZERO)
     }
 
     impl BatchPlanner {
@@ -207,7 +210,7 @@ mod tests {
         /// Tries what is next, which fails.
         fn fail(&mut self, sqlstate: &str) -> Reaction {
             let next = self.next(i64::MAX, Duration::ZERO, false);
-            self.react(next, &error(sqlstate), next.alone, false)
+            self.react(next, &error(sqlstate), next.single, false)
         }
     }
 
@@ -220,7 +223,7 @@ mod tests {
             statements += 1;
             if !(at..at + size).any(|row| poison.contains(&row)) {
                 at += size;
-                planner.went_well(size);
+                planner.record_success(size);
                 continue;
             }
             match planner.fail(REFUSAL) {
@@ -258,7 +261,7 @@ mod tests {
             if busy {
                 assert_eq!(planner.fail(BUSY), Reaction::Retry(Duration::ZERO));
             } else {
-                planner.went_well(size);
+                planner.record_success(size);
             }
         }
         sizes.push(planner.rows());
@@ -271,7 +274,7 @@ mod tests {
         let mut planner = planner(1000);
         planner.fail(BUSY);
         for _ in 0..10 {
-            planner.went_well(10);
+            planner.record_success(10);
         }
         assert_eq!(planner.rows(), 500);
     }
@@ -283,13 +286,13 @@ mod tests {
             assert_eq!(planner.fail(BUSY), Reaction::Retry(Duration::ZERO));
         }
         let next = planner.next(i64::MAX, Duration::ZERO, false);
-        assert_eq!((next.rows, next.alone), (1, true));
+        assert_eq!((next.rows, next.single), (1, true));
         assert_eq!(planner.react(next, &error(BUSY), true, true), Reaction::OutOfTime);
         // To choose the row took too long: no row is known to step over.
         assert_eq!(planner.react(next, &error(BUSY), false, false), Reaction::Fail);
-        for skipped in 1..=ALIKE {
+        for skipped in 1..=MAX_SAME_ERROR {
             assert_eq!(planner.fail(BUSY), Reaction::StepOver { refused: false });
-            assert_eq!(planner.step_over(error(BUSY), false).is_some(), skipped == ALIKE, "{skipped}");
+            assert_eq!(planner.step_over(error(BUSY), false).is_some(), skipped == MAX_SAME_ERROR, "{skipped}");
         }
     }
 
@@ -303,7 +306,7 @@ mod tests {
                 for _ in 0..times {
                     assert_eq!(planner.fail(sqlstate), Reaction::Retry(pause));
                 }
-                planner.went_well(1000);
+                planner.record_success(1000);
             }
             for _ in 0..times {
                 planner.fail(sqlstate);
@@ -319,7 +322,7 @@ mod tests {
             planner.fail(CONFLICT);
         }
         assert_eq!(planner.fail(CONFLICT), Reaction::Diagnose);
-        assert!(planner.next(i64::MAX, Duration::ZERO, false).alone);
+        assert!(planner.next(i64::MAX, Duration::ZERO, false).single);
         for _ in 0..CONFLICTS.0 {
             assert_eq!(planner.fail(CONFLICT), Reaction::Retry(CONFLICTS.1));
         }
@@ -338,17 +341,23 @@ mod tests {
 
     #[test]
     fn refusals_alike_in_a_row_or_a_hundred_in_all_are_too_many() {
-        let mut alike = planner(10);
-        for refused in 1..ALIKE {
-            assert!(alike.step_over(error(REFUSAL), true).is_none(), "{refused}");
+        let mut same_error = planner(10);
+        for refused in 1..MAX_SAME_ERROR {
+            assert!(same_error.step_over(error(REFUSAL), true).is_none(), "{refused}");
         }
-        assert!(matches!(alike.step_over(error(REFUSAL), true), Some(Error::AllRefused { rows: ALIKE, .. })));
+        assert!(matches!(
+            same_error.step_over(error(REFUSAL), true),
+            Some(Error::AllRefused { rows: MAX_SAME_ERROR, .. })
+        ));
         // One that went well between, or another kind, begins the row anew.
         let mut mixed = planner(10);
-        for refused in 1..REFUSED {
+        for refused in 1..MAX_REFUSED_ROWS {
             let sqlstate = ["23514", "23505"][usize::try_from(refused % 2).unwrap()];
             assert!(mixed.step_over(error(sqlstate), true).is_none(), "{refused}");
         }
-        assert!(matches!(mixed.step_over(error(REFUSAL), true), Some(Error::ManyRefused { rows: REFUSED, .. })));
+        assert!(matches!(
+            mixed.step_over(error(REFUSAL), true),
+            Some(Error::ManyRefused { rows: MAX_REFUSED_ROWS, .. })
+        ));
     }
 }

@@ -24,8 +24,8 @@ use crate::database::error::Step;
 use crate::database::session::{last_row, text};
 use crate::database::{Error, Session, Target};
 
-/// The server ends a statement by itself; this long after that it is taken for dead.
-const GRACE: Duration = Duration::from_secs(5);
+/// The server enforces the statement timeout. This long afterwards it counts as dead.
+const RESPONSE_GRACE: Duration = Duration::from_secs(5);
 
 /// The longest that the first question of a sweep may take.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,16 +34,16 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// With less time than this for a statement the deadline counts as reached.
-const LEAST_TIME: Duration = Duration::from_millis(20);
+const MIN_STATEMENT_TIME: Duration = Duration::from_millis(20);
 
 /// So many of them are named.
-pub const NAMED: usize = 10;
+pub const MAX_LISTED_KEYS: usize = 10;
 
-/// From this many completed rows on, the backlog is counted from where the sweep stopped: the index entries of rows
-/// just completed would have to be read again.
+/// From this many completed rows on, the backlog is counted from the cursor. From the start, the count would read the index
+/// entries of the rows just completed.
 const COUNT_FROM_CURSOR: i64 = 10_000;
 
-/// One attempt at a sweep.
+/// The input of one attempt at a sweep.
 #[derive(Clone, Debug)]
 pub struct Job {
     /// What to sweep.
@@ -69,23 +69,23 @@ impl Job {
 #[derive(Debug)]
 pub struct Connected {
     session: Session,
-    /// When it began to connect, later by what it then had to wait.
+    /// When it began to connect, without time spent waiting for a permit.
     start: Instant,
 }
 
 impl Connected {
-    /// It had to wait so long for its turn: that is none of its own time.
+    /// Excludes time spent waiting for a permit.
     pub fn waited(&mut self, time: Duration) {
         self.start += time;
     }
 
-    /// Does without the sweep.
+    /// Closes the connection without a sweep.
     pub async fn close(self) {
         self.session.close().await;
     }
 }
 
-/// Makes one attempt. Never fails as such: the report counts what was committed, and holds the error if there was one.
+/// Makes one attempt. The report holds the committed counts and how it ended.
 pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
     let start = Instant::now();
     let end = match stop.run_until_cancelled(connect(job)).await {
@@ -160,7 +160,7 @@ async fn sweep_with(
             };
             let nothing_left = backlog.remaining == 0;
             sweep.report.backlog = Some(backlog);
-            // A limit that was just enough held nothing back.
+            // Nothing is left, so the limit did not end the sweep early.
             if nothing_left && ended == Ended::LimitReached { Ended::Drained } else { ended }
         }
         Ended::DeadlineReached | Ended::Stopped => ended,
@@ -206,24 +206,26 @@ enum Answer {
     Early(Ended),
 }
 
-/// Waits about so long, so that those who collided do not collide again.
-async fn pause(about: Duration) {
+/// Sleeps for 0.5 to 1.5 times `about`, so that transactions that collided do not collide again.
+async fn sleep_with_jitter(about: Duration) {
     tokio::time::sleep(about.mul_f64(0.5 + fastrand::f64())).await;
 }
 
 impl Sweep<'_> {
-    /// Asks what the whole sweep rests on, once. The cutoff is frozen, so that the sweep ends.
+    /// Reads the parameters of the sweep, once. The cutoff is frozen, so that the sweep ends.
     async fn ask_start(&mut self, start: Instant) -> Result<Start, Error> {
         let mut locked = 0;
         let answer = loop {
             // It reads the catalog alone, so `statementTimeout` does not bound it.
-            let limit = self.time_left().clamp(LEAST_TIME, START_TIMEOUT);
+            let limit = self.time_left().clamp(MIN_STATEMENT_TIME, START_TIMEOUT);
             let sql = statement::start(self.plan, limit);
-            match self.session.query(Step::Cutoff, &sql, limit + GRACE).await {
-                Err(error) if Recovery::from(&error) == Recovery::Later && locked < LOCKED.0 && limit > LEAST_TIME => {
+            match self.session.query(Step::Cutoff, &sql, limit + RESPONSE_GRACE).await {
+                Err(error)
+                    if Recovery::from(&error) == Recovery::Later && locked < LOCKED.0 && limit > MIN_STATEMENT_TIME =>
+                {
                     locked += 1;
                     self.session.rollback().await;
-                    pause(LOCKED.1).await;
+                    sleep_with_jitter(LOCKED.1).await;
                 }
                 answer => break answer?,
             }
@@ -234,11 +236,11 @@ impl Sweep<'_> {
         Ok(asked)
     }
 
-    /// How long the next statement may take; None: no further one begins. Never all the time that is left, so that a
-    /// batch which is too large for it can be tried again with fewer rows.
+    /// Returns the timeout of the next statement: at most a quarter of the remaining time. The rest allows a retry with fewer
+    /// rows. None: start no further statement.
     fn time_for_a_statement(&self) -> Option<Duration> {
         let share = self.time_left() / 4;
-        (!self.stop.is_cancelled() && share >= LEAST_TIME).then(|| self.plan.statement_timeout.min(share))
+        (!self.stop.is_cancelled() && share >= MIN_STATEMENT_TIME).then(|| self.plan.statement_timeout.min(share))
     }
 
     fn time_spent(&self) -> Duration {
@@ -272,6 +274,6 @@ impl Sweep<'_> {
     }
 
     fn response_timeout(&self) -> Duration {
-        self.plan.statement_timeout + GRACE
+        self.plan.statement_timeout + RESPONSE_GRACE
     }
 }

@@ -1,29 +1,27 @@
-//! Whether a sweep gives way to others who write to the same server: pure, fed by what each batch saw.
+//! Decides whether a sweep yields to other clients that write to the same server. Pure; each batch feeds it.
 //!
-//! A request that ends while a batch of a thousand rows is written waits for the same processors and the same log. So
-//! once others write, batches are small, with a pause behind each. A backlog can wait; but a sweep has an end, so it
-//! gives way for a share of its time only, and is back at its full speed well before that is over. It never gives way
-//! while another sweep waits for its turn. Sweeps of one process on one server are no others to each other.
+//! A large batch delays concurrent commits, because both compete for CPU and WAL. While others write, batches are small and a
+//! pause precedes each. After the yield budget the size doubles repeatedly, and is full again within twice the budget. A sweep
+//! never yields while another sweep waits for a permit. Sweeps of this process are peers, and no other clients to each other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Fewer transactions of others between two batches are nobody whom a sweep holds up; and sweeps beside it, of which
-/// there are some on a server, may each have one that is counted a batch too soon or too late.
-const OTHERS: i64 = 4;
+/// Below this, the server counts as idle. The margin also covers peer transactions that are counted one batch early or late.
+const MIN_OTHER_TRANSACTIONS: i64 = 4;
 
-/// Others who wrote so little for so long are gone.
-const GONE: Duration = Duration::from_secs(1);
+/// The server counts as idle after this long with fewer transactions.
+const ACTIVITY_WINDOW: Duration = Duration::from_secs(1);
 
 /// Rows of a batch that gives way. Measured (docs/design.md): the size matters to the slowest 1 % of requests, the pause
 /// little.
-const ROWS: i64 = 10;
+const THROTTLED_ROWS: i64 = 10;
 
-/// How long a sweep leaves the server alone before such a batch.
-pub const PAUSE: Duration = Duration::from_millis(5);
+/// The pause before such a batch.
+pub const THROTTLE_PAUSE: Duration = Duration::from_millis(5);
 
-/// The sizes double so often in as long as a sweep gave way; the last is above any batch.
+/// How often the size doubles after the yield budget. The last size exceeds every batch.
 const DOUBLINGS: u32 = 10;
 
 /// What the sweeps of one process on one server know of each other.
@@ -57,41 +55,43 @@ impl Peers {
 /// What a sweep knows of others.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Throttle {
-    /// Times are counted from the start of the sweep. So long it gives way.
+    /// How long the sweep yields, measured from its start.
     yield_budget: Duration,
-    /// The server's count of transactions when the last batch began, and that of the company.
-    counts: Option<(u64, u64)>,
-    /// Others write: how many transactions, and since when they are counted.
+    /// The server's count of transactions, and that of this process's sweeps, at the last batch.
+    last_observation: Option<(u64, u64)>,
+    /// Transactions of other clients in this window, and its start. None: the server is idle.
     others: Option<(i64, Duration)>,
 }
 
 impl Throttle {
     /// Gives way for so long at most.
     pub const fn new(yield_budget: Duration) -> Self {
-        Self { yield_budget, counts: None, others: None }
+        Self { yield_budget, last_observation: None, others: None }
     }
 
-    /// A batch, the last that the company `begun`, saw `at` this time that the server had `ended` so many transactions
-    /// that wrote.
+    /// Records what a batch observed: writing transactions that `ended` on the server, transactions that the sweeps of this
+    /// process `started`, and the time since the start of the sweep.
     pub fn record(&mut self, ended: u64, started: u64, at: Duration) {
-        let Some(before) = self.counts.replace((ended, started)) else { return };
+        let Some(before) = self.last_observation.replace((ended, started)) else { return };
         // The batch itself is still open; the last one has ended meanwhile.
         let own = signed(started.saturating_sub(before.1));
         let new = signed(ended.saturating_sub(before.0)).saturating_sub(own);
         self.others = match self.others {
-            None => (new >= OTHERS).then_some((0, at)),
-            Some((others, since)) if at.saturating_sub(since) < GONE => Some((others.saturating_add(new), since)),
-            Some((others, _)) => (others.saturating_add(new) >= OTHERS).then_some((0, at)),
+            None => (new >= MIN_OTHER_TRANSACTIONS).then_some((0, at)),
+            Some((others, since)) if at.saturating_sub(since) < ACTIVITY_WINDOW => {
+                Some((others.saturating_add(new), since))
+            }
+            Some((others, _)) => (others.saturating_add(new) >= MIN_OTHER_TRANSACTIONS).then_some((0, at)),
         };
     }
 
-    /// The most rows of the next batch, which then comes after a [`PAUSE`]. None: nobody is in the way.
+    /// The size limit of the next batch, which comes after a [`THROTTLE_PAUSE`]. None: no throttling.
     pub fn max_rows(&self, at: Duration) -> Option<i64> {
         self.others.filter(|_| !self.yield_budget.is_zero())?;
         let step = (self.yield_budget / DOUBLINGS).max(Duration::from_millis(1));
         let steps = at.saturating_sub(self.yield_budget).as_millis().div_ceil(step.as_millis());
         let doublings = u32::try_from(steps).ok().filter(|doublings| *doublings < DOUBLINGS)?;
-        Some(ROWS << doublings)
+        Some(THROTTLED_ROWS << doublings)
     }
 }
 
@@ -111,12 +111,12 @@ mod tests {
 
     /// The most rows of each batch, every 10 ms, where others write as many transactions before it.
     fn play(throttle: &mut Throttle, from: u64, others: &[u64]) -> Vec<Option<i64>> {
-        let (mut ended, mut started) = throttle.counts.unwrap_or((1_000_000, 7));
+        let (mut ended, mut started) = throttle.last_observation.unwrap_or((1_000_000, 7));
         let mut sizes = vec![];
         for (batch, others) in (0..).zip(others) {
             started += 1;
             // The batch before is over by now, and so are the others.
-            ended += others + u64::from(throttle.counts.is_some());
+            ended += others + u64::from(throttle.last_observation.is_some());
             let at = millis(from + 10 * batch);
             throttle.record(ended, started, at);
             sizes.push(throttle.max_rows(at));
@@ -134,7 +134,7 @@ mod tests {
     fn it_gives_way_from_when_others_are_seen_until_they_are_gone_for_a_second() {
         let mut throttle = Throttle::new(MINUTE);
         // What came before the first batch tells nothing.
-        assert_eq!(play(&mut throttle, 0, &[500, 4]), [None, Some(ROWS)]);
+        assert_eq!(play(&mut throttle, 0, &[500, 4]), [None, Some(THROTTLED_ROWS)]);
         // Seen at 10 ms; the last of them is counted in the first second, and none in the next.
         let mut others = vec![0; 300];
         others[50] = 4;
@@ -163,7 +163,7 @@ mod tests {
             let mut throttle = Throttle::new(yield_budget);
             play(&mut throttle, 0, &[0, 1000]);
             let rows = |share: f64| throttle.max_rows(yield_budget.mul_f64(share));
-            assert_eq!((rows(0.0), rows(1.0)), (Some(ROWS), Some(ROWS)));
+            assert_eq!((rows(0.0), rows(1.0)), (Some(THROTTLED_ROWS), Some(THROTTLED_ROWS)));
             assert_eq!((rows(1.09), rows(1.49), rows(1.89)), (Some(20), Some(320), Some(5120)));
             assert_eq!(rows(2.0), None);
         }
@@ -186,6 +186,6 @@ mod tests {
             throttle.max_rows(at);
             throttle.max_rows(Duration::MAX);
         }
-        assert_eq!(throttle.max_rows(Duration::MAX), Some(ROWS));
+        assert_eq!(throttle.max_rows(Duration::MAX), Some(THROTTLED_ROWS));
     }
 }

@@ -3,9 +3,9 @@
 
 use audit_log_sweeper::api::status::{AuditLogSweeperStatus, Backlog, Trigger};
 use audit_log_sweeper::api::{AuditLogSweeper, Failure, Reason, Sweeper};
-use audit_log_sweeper::controller::model::{AttemptResult, Done, Slot, SweepAttempt};
+use audit_log_sweeper::controller::model::{AttemptResult, Done, DueSweep, SweepAttempt};
 use audit_log_sweeper::controller::status::invalid;
-use audit_log_sweeper::preflight::Checked;
+use audit_log_sweeper::preflight::PreflightReport;
 use audit_log_sweeper::sweep::Report;
 use audit_log_sweeper::sweep::report::Ended;
 use chrono::{DateTime, TimeDelta, Utc};
@@ -39,8 +39,8 @@ fn failed(reason: Reason, second: i64) -> AttemptResult {
 
 fn sweep(report: Report, second: i64) -> AttemptResult {
     let (schedule_time, trigger) = (at(second), Trigger::Schedule);
-    let slot = Slot { schedule_time, trigger, limit: 1000, continues: None, answers: None };
-    let checked = Some(Checked::default());
+    let slot = DueSweep { schedule_time, trigger, limit: 1000, continues: None, answers: None };
+    let checked = Some(PreflightReport::default());
     let attempt = SweepAttempt { slot, start: at(second), checked, report };
     result(Done::Sweep(Box::new(attempt)), at(second) + TimeDelta::seconds(1))
 }
@@ -131,7 +131,7 @@ fn situations() -> Vec<Situation> {
         ),
         with(
             "preflight passed",
-            result(Done::Preflight(Ok(Checked::default())), at(5)).apply(&good()),
+            result(Done::Preflight(Ok(PreflightReport::default())), at(5)).apply(&good()),
             &healthy("Ready=True/SchemaReady"),
             Current,
             "Healthy",

@@ -11,7 +11,7 @@ use crate::api::status::{
 use crate::api::{Class, Failure, Reason, Sweeper};
 use crate::controller::model::SweepAttempt;
 use crate::sweep::Report;
-use crate::sweep::execute::NAMED;
+use crate::sweep::execute::MAX_LISTED_KEYS;
 use crate::sweep::report::Ended;
 
 /// So many failures, and so long, until a missing Secret, table or grant counts as nobody's passing trouble.
@@ -186,7 +186,7 @@ fn unsweepable(report: &Report, before: Option<Unsweepable>) -> Option<Unsweepab
     let Unsweepable { count, mut ids, .. } = before.unwrap_or_default();
     let count = count.saturating_add(report.refused);
     ids.extend(report.refused_ids.iter().cloned());
-    ids.truncate(NAMED);
+    ids.truncate(MAX_LISTED_KEYS);
     (count > 0 || resume_after.is_some()).then_some(Unsweepable { count, ids, resume_after })
 }
 

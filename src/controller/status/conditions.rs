@@ -6,7 +6,7 @@ use crate::api::condition::{self, Condition, ConditionType, ConditionUpdate};
 use crate::api::spec::Mode;
 use crate::api::status::{Backlog, whole_seconds};
 use crate::api::{AuditLogSweeperSpec, Failure, Reason, Stage};
-use crate::preflight::{Checked, Severity};
+use crate::preflight::{PreflightReport, Severity};
 use crate::sweep::Report;
 
 use ConditionType::{BacklogBounded, DatabaseReachable, Ready, Reconciling, SchemaReady, Stalled, Suspended};
@@ -49,7 +49,7 @@ fn schema_after(failure: &Failure, old: &[Condition]) -> ConditionUpdate {
 }
 
 /// What a preflight tells of the schema; without one, what was known still stands.
-pub(super) fn schema(checked: Option<&Checked>, old: &[Condition]) -> ConditionUpdate {
+pub(super) fn schema(checked: Option<&PreflightReport>, old: &[Condition]) -> ConditionUpdate {
     let Some(checked) = checked else { return as_before(SchemaReady, old) };
     match checked.findings.iter().find(|finding| finding.severity != Severity::Warning) {
         Some(finding) => ConditionUpdate::new(SchemaReady, false, finding.reason, finding.in_one_line()),

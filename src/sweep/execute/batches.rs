@@ -1,7 +1,7 @@
 //! The middle of a sweep: batch after batch until nothing is left or something ends it. `batch_planner` decides.
 
-use super::{BatchAttempt, Cursor, Ended, Error, NAMED, Start, Sweep, explain, pause};
-use crate::sweep::batch_planner::{BatchPlanner, Next, Reaction};
+use super::{BatchAttempt, Cursor, Ended, Error, MAX_LISTED_KEYS, Start, Sweep, explain, sleep_with_jitter};
+use crate::sweep::batch_planner::{BatchPlanner, NextBatch, Reaction};
 use crate::sweep::statement::Batch;
 use crate::sweep::throttle;
 
@@ -16,8 +16,8 @@ impl Sweep<'_> {
                 break Ended::LimitReached;
             }
             let next = planner.next(left, self.time_spent(), self.peers.are_waiting());
-            if next.gives_way {
-                pause(throttle::PAUSE).await;
+            if next.throttled {
+                sleep_with_jitter(throttle::THROTTLE_PAUSE).await;
             }
             let started = self.peers.start();
             let (row, error) = match self.attempt(start, cursor.as_ref(), next).await {
@@ -46,22 +46,27 @@ impl Sweep<'_> {
                 reaction => self.recover(start, reaction, error).await?,
             }
         };
-        // Rows behind those that were refused go first until the end was reached once.
+        // The cursor stays behind refused rows until one sweep reaches the end.
         if ended != Ended::Drained && self.resume_after.is_some() {
             self.report.resume_after = start.shown(cursor.clone());
         }
         Ok((ended, cursor))
     }
 
-    async fn attempt(&mut self, start: &Start, cursor: Option<&Cursor>, next: Next) -> Result<BatchAttempt, Error> {
-        if next.alone { self.one(start, cursor).await } else { self.batch(start, cursor, next.rows).await }
+    async fn attempt(
+        &mut self,
+        start: &Start,
+        cursor: Option<&Cursor>,
+        next: NextBatch,
+    ) -> Result<BatchAttempt, Error> {
+        if next.single { self.one(start, cursor).await } else { self.batch(start, cursor, next.rows).await }
     }
 
     async fn commit_batch(
         &mut self,
         start: &Start,
         batch: &Batch,
-        next: Next,
+        next: NextBatch,
         planner: &mut BatchPlanner,
         started: u64,
     ) -> Result<(), Error> {
@@ -70,27 +75,27 @@ impl Sweep<'_> {
             return Err(Error::NullKey);
         }
         self.commit(start, batch).await?;
-        self.report.small_batches += i64::from(next.small);
-        planner.went_well(next.rows);
+        self.report.small_batches += i64::from(next.reduced);
+        planner.record_success(next.rows);
         if let Some(ended) = batch.ended {
-            planner.saw_others(ended, started, self.time_spent());
+            planner.record_activity(ended, started, self.time_spent());
         }
         Ok(())
     }
 
-    /// Makes ready for another try.
+    /// Rolls back, then pauses or diagnoses before the next batch.
     async fn recover(&self, start: &Start, reaction: Reaction, error: Error) -> Result<(), Error> {
         self.session.rollback().await;
         match reaction {
-            Reaction::Retry(about) => pause(about).await,
-            // A statement that fits no row is no matter of rows: EXPLAIN refuses it too.
+            Reaction::Retry(about) => sleep_with_jitter(about).await,
+            // If EXPLAIN fails too, the error is not about a row.
             Reaction::Diagnose if !self.session.is_closed() => explain(&self.session, self.plan, start).await?,
             _ => return Err(error),
         }
         Ok(())
     }
 
-    /// Counts a row that is stepped over. One that the server refuses is named where its key is no row data.
+    /// Counts a row that is stepped over. Lists a refused row by its key unless the key is row data.
     fn count_row(&mut self, start: &Start, row: Option<&Cursor>, error: &Error, refused: bool) {
         if !refused {
             self.report.skipped += 1;
@@ -98,7 +103,7 @@ impl Sweep<'_> {
         }
         self.report.refused += 1;
         self.report.refused_why.get_or_insert_with(|| error.to_string());
-        if self.report.refused_ids.len() < NAMED && start.key_is_shown {
+        if self.report.refused_ids.len() < MAX_LISTED_KEYS && start.key_is_shown {
             self.report.refused_ids.extend(row.and_then(|row| row.id.clone()));
         }
     }

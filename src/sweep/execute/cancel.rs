@@ -42,7 +42,7 @@ impl Sweep<'_> {
         sql: &str,
         statement_timeout: Duration,
     ) -> Result<Answer, Error> {
-        let query = self.session.query(step, sql, statement_timeout + super::GRACE);
+        let query = self.session.query(step, sql, statement_timeout + super::RESPONSE_GRACE);
         tokio::pin!(query);
         let answer: Result<Vec<SimpleQueryMessage>, Error> = tokio::select! {
             answer = &mut query => answer,

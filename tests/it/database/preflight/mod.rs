@@ -10,7 +10,7 @@ mod values;
 mod whole;
 
 use audit_log_sweeper::api::Reason;
-use audit_log_sweeper::preflight::{self, Checked, Fix, RunAs, Severity, Subject};
+use audit_log_sweeper::preflight::{self, Fix, PreflightReport, RunAs, Severity, Subject};
 use audit_log_sweeper::sweep::{Job, sweep};
 use serde_json::{Value, json};
 use support::leaks::{self, MARKER};
@@ -72,7 +72,7 @@ impl Stage {
         self.log.job_at(&self.uri, spec)
     }
 
-    async fn check(&self, spec: &Value) -> Checked {
+    async fn check(&self, spec: &Value) -> PreflightReport {
         let Job { plan, target, .. } = self.job(spec.clone());
         let checked = preflight::check(&plan, &target).await.unwrap();
         leaks::keep(&format!("{checked:?}"));

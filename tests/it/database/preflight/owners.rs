@@ -4,7 +4,7 @@ use audit_log_sweeper::api::Reason::{ColumnNotFound, IndexMissing, PermissionDen
 use audit_log_sweeper::preflight;
 use audit_log_sweeper::preflight::Severity::{Blocking, NotReady};
 use audit_log_sweeper::preflight::Subject::{Columns, Complete, Index, Key, Rights, Table};
-use audit_log_sweeper::preflight::{Checked, Finding, Fix, RunAs};
+use audit_log_sweeper::preflight::{Finding, Fix, PreflightReport, RunAs};
 use serde_json::json;
 
 use super::{INDEX, PARTITIONED, Stage, TABLE, all_found_and_mended, fault, quoted};
@@ -78,7 +78,7 @@ async fn of_three(table: &str) -> (Stage, [String; 2]) {
     (stage, roles)
 }
 
-async fn all_mended(stage: &Stage, spec: &serde_json::Value, expected: usize) -> Checked {
+async fn all_mended(stage: &Stage, spec: &serde_json::Value, expected: usize) -> PreflightReport {
     let checked = stage.check(spec).await;
     assert_eq!(checked.findings.len(), expected, "{checked:#?}");
     for found in &checked.findings {
