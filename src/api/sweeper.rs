@@ -81,8 +81,7 @@ pub fn requested(metadata: &ObjectMeta) -> Option<&str> {
 impl Sweeper {
     /// The first generation of an object with such a spec, besides a Secret.
     pub fn with(spec: serde_json::Value) -> Self {
-        let mut whole = serde_json::json!({ "database": { "secretRef": { "name": "db" } } });
-        whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+        let whole = support::json::merged(serde_json::json!({ "database": { "secretRef": { "name": "db" } } }), &spec);
         let metadata = ObjectMeta {
             uid: Some("0f8fad5b-d9cb-469f-a165-70867728950e".into()),
             generation: Some(1),

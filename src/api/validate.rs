@@ -277,8 +277,7 @@ mod tests {
     }
 
     fn judged(rest: Value) -> Vec<String> {
-        let mut spec = json!({ "database": { "secretRef": { "name": "db" } } });
-        spec.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+        let spec = support::json::merged(json!({ "database": { "secretRef": { "name": "db" } } }), &rest);
         ValidSpec::new(serde_json::from_value(spec).unwrap()).err().unwrap_or_default()
     }
 

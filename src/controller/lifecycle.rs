@@ -81,8 +81,7 @@ mod tests {
     use crate::api::{AuditLogSweeper, Class};
 
     fn object(metadata: serde_json::Value) -> AuditLogSweeper {
-        let mut whole = json!({ "name": "app", "namespace": "n", "uid": "1" });
-        whole.as_object_mut().unwrap().extend(metadata.as_object().unwrap().clone());
+        let whole = support::json::merged(json!({ "name": "app", "namespace": "n", "uid": "1" }), &metadata);
         let spec = json!({ "database": { "secretRef": { "name": "db" } } });
         serde_json::from_value(json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": whole, "spec": spec }))
             .unwrap()

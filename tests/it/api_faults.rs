@@ -9,6 +9,7 @@ use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use support::json::merged;
 use support::process::output;
 use support::wait::eventually;
 
@@ -19,9 +20,10 @@ use crate::fixtures::{AuditTable, DedicatedControlPlane, Operator, TcpFaultProxy
 
 /// An AuditLogSweeper that uses the Secret `db` of its namespace.
 fn object(name: &str, rest: Value) -> AuditLogSweeper {
-    let mut spec =
-        json!({ "timeout": "1h", "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Disable" } } });
-    spec.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+    let spec = merged(
+        json!({ "timeout": "1h", "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Disable" } } }),
+        &rest,
+    );
     serde_json::from_value(json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": name }, "spec": spec }))
         .unwrap()
 }

@@ -9,6 +9,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use futures::{StreamExt, stream};
 use kube::runtime::{WatchStreamExt, watcher};
 use serde_json::{Value, json};
+use support::json::merged;
 use support::postgres;
 use support::wait::eventually;
 use tokio::net::TcpListener;
@@ -21,10 +22,10 @@ fn at(status: &Value, field: &str) -> DateTime<Utc> {
 }
 
 fn spec(secret: &str, rest: Value) -> Value {
-    let mut spec =
-        json!({ "period": "5s", "database": { "secretRef": { "name": secret }, "tls": { "mode": "Disable" } } });
-    spec.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
-    spec
+    merged(
+        json!({ "period": "5s", "database": { "secretRef": { "name": secret }, "tls": { "mode": "Disable" } } }),
+        &rest,
+    )
 }
 
 #[tokio::test]
@@ -164,11 +165,7 @@ async fn hundreds_are_on_time_beside_those_that_are_broken_in_ten_ways() {
     operator.secret("no-port", &[("uri", &uri.replace(&format!(":{port}/"), ":1/"))]).await;
     operator.start_with(&[]).await;
 
-    let often = |spec: Value| {
-        let mut whole = json!({ "period": PERIOD });
-        whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
-        whole
-    };
+    let often = |spec: Value| merged(json!({ "period": PERIOD }), &spec);
     let mut specs: Vec<(String, Value)> = vec![];
     for number in 0..CROWD.1 {
         specs.extend(broken().into_iter().map(|(name, spec, _)| (format!("{name}-{number}"), often(spec))));

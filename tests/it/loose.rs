@@ -5,6 +5,7 @@ use kube::Api;
 use kube::api::{DynamicObject, Patch, PatchParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
+use support::json::merged;
 use support::process::output;
 use support::wait::eventually;
 
@@ -36,8 +37,10 @@ async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
     );
     let objects: &Api<DynamicObject> = &Api::namespaced_with(client, &namespace, &kind);
     let apply = async |name: &str, rest: Value| {
-        let mut spec = json!({ "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Disable" } }, "timeout": "1h", "period": "1h" });
-        spec.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+        let spec = merged(
+            json!({ "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Disable" } }, "timeout": "1h", "period": "1h" }),
+            &rest,
+        );
         let object = json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": name }, "spec": spec });
         let applied = objects.patch(name, &PatchParams::apply("test").force(), &Patch::Apply(&object)).await;
         applied.map(drop).map_err(|error| error.to_string())

@@ -12,6 +12,7 @@ use kube::Resource;
 use kube::api::{ApiResource, PostParams};
 use kube::core::DynamicObject;
 use serde_json::{Value, json};
+use support::json::merged;
 use support::process::output;
 use support::wait::eventually;
 
@@ -19,8 +20,7 @@ use crate::fixtures::Operator;
 use crate::fixtures::operator::WAIT_TIMEOUT;
 
 fn object(fields: &Value) -> Value {
-    let mut spec = json!({ "database": { "secretRef": { "name": "db" } } });
-    spec.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    let spec = merged(json!({ "database": { "secretRef": { "name": "db" } } }), fields);
     json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app" }, "spec": spec })
 }
 

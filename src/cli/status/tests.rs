@@ -25,8 +25,7 @@ fn named(name: &str) -> ObjectView {
 
 /// An object with this status, and further fields of the spec.
 fn object(spec: Value, status: Value) -> ObjectView {
-    let mut whole = json!({ "database": { "secretRef": { "name": "db" } } });
-    whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+    let whole = support::json::merged(json!({ "database": { "secretRef": { "name": "db" } } }), &spec);
     let object = json!({
         "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper",
         "metadata": { "name": "app", "namespace": "shop", "generation": 1, "creationTimestamp": "2026-11-22T20:14:00Z" },

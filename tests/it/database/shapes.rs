@@ -2,6 +2,7 @@
 
 use audit_log_sweeper::api::status::Outcome;
 use serde_json::{Value, json};
+use support::json::merged;
 
 use crate::fixtures::AuditTable;
 
@@ -27,13 +28,14 @@ fn quoted(name: &str) -> String {
 }
 
 fn spec(more: Value) -> Value {
-    let mut spec = json!({
-        "schema": SCHEMA, "table": TABLE,
-        "columns": { "id": "Key", "timeStarted": "Time.Started", "timeCompleted": "completed 'at'" },
-        "complete": [{ "column": "Kind", "value": "timed out" }, { "column": "Status", "value": "-504" }, { "column": "Note", "setNull": true }],
-    });
-    spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    spec
+    merged(
+        json!({
+            "schema": SCHEMA, "table": TABLE,
+            "columns": { "id": "Key", "timeStarted": "Time.Started", "timeCompleted": "completed 'at'" },
+            "complete": [{ "column": "Kind", "value": "timed out" }, { "column": "Status", "value": "-504" }, { "column": "Note", "setNull": true }],
+        }),
+        &more,
+    )
 }
 
 #[tokio::test]

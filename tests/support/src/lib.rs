@@ -5,6 +5,7 @@ pub mod build;
 pub mod cache;
 pub mod certificates;
 pub mod control_plane;
+pub mod json;
 pub mod leaks;
 pub mod postgres;
 pub mod process;

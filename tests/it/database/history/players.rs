@@ -10,6 +10,7 @@ use audit_log_sweeper::database::{Target, tls};
 use audit_log_sweeper::sweep::{Job, Plan, Report, sweep};
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
+use support::json::merged;
 use tokio_postgres::{Client, NoTls};
 use tokio_util::sync::CancellationToken;
 
@@ -67,9 +68,10 @@ fn app(name: &str) -> String {
 
 /// A job whose application name tells the sweep.
 pub fn job(uri: &str, name: &str, spec: Value) -> Job {
-    let mut whole =
-        json!({ "database": { "secretRef": { "name": "db" } }, "timeout": format!("{}s", TIMEOUT.as_secs()) });
-    whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+    let whole = merged(
+        json!({ "database": { "secretRef": { "name": "db" } }, "timeout": format!("{}s", TIMEOUT.as_secs()) }),
+        &spec,
+    );
     let plan = Plan::new(&ValidSpec::new(serde_json::from_value(whole).unwrap()).unwrap());
     let roots = Arc::new(tls::default_roots(None).unwrap());
     let mode = Some(audit_log_sweeper::api::spec::TlsMode::Disable);
