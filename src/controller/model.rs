@@ -171,9 +171,9 @@ mod tests {
         let database = json!({ "secretRef": { "name": "db" } });
         assert!(fetched(json!({ "database": database })).0.is_ok(), "an unknown status field does no harm");
         for (spec, field) in [
-            (json!({ "database": database, "holdAbove": 5 }), "spec.holdAbove"),
+            (json!({ "database": database, "ofALaterVersion": 5 }), "spec.ofALaterVersion"),
             (json!({ "database": { "secretRef": { "name": "db" }, "host": "h" } }), "spec.database.host"),
-            (json!({ "database": database, "columns": { "timeZone": "UTC" } }), "spec.columns.timeZone"),
+            (json!({ "database": database, "columns": { "ofALaterVersion": "x" } }), "spec.columns.ofALaterVersion"),
             (
                 json!({ "database": database, "complete": [{ "column": "a", "valueFrom": {} }] }),
                 "spec.complete[0].valueFrom",

@@ -49,8 +49,8 @@ async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
     let wrong = [
         ("malformed", json!({ "period": ["every", "day"] }), "Fix the spec"),
         // Of a later version: without it, more rows would be swept than the user means.
-        ("unknown", json!({ "holdAbove": 5 }), "does not know spec.holdAbove"),
-        ("nested", json!({ "columns": { "timeZone": "Europe/Paris" } }), "does not know spec.columns.timeZone"),
+        ("unknown", json!({ "ofALaterVersion": 5 }), "does not know spec.ofALaterVersion"),
+        ("nested", json!({ "columns": { "ofALaterVersion": "x" } }), "does not know spec.columns.ofALaterVersion"),
         ("timeout", json!({ "timeout": "0s" }), "spec.timeout: must be a duration such as 4h or 1h30m, from 1m"),
         ("period", json!({ "period": "0s" }), "spec.period: must be a duration such as 4h or 1h30m, from 5s"),
         ("limit", json!({ "limit": -5 }), "spec.limit: Invalid value: -5: should be greater than or equal to 1"),
@@ -90,7 +90,7 @@ async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
     let database = json!({ "secretRef": { "name": "slow" }, "tls": { "mode": "Disable" } });
     apply("slow", json!({ "database": database, "batchSize": 1, "limit": 10 })).await.unwrap();
     slow.until_swept(1).await;
-    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 10, "holdAbove": 5 })).await.unwrap();
+    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 10, "ofALaterVersion": 5 })).await.unwrap();
     let status = shown("slow", "Ready=False/InvalidSpec").await;
     assert_eq!(status["totals"], Value::Null, "{status:#}");
     let rows = slow.timed_out().await;
