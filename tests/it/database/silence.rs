@@ -53,10 +53,13 @@ async fn a_host_that_drops_packets() {
 #[tokio::test]
 #[ignore = "needs root, to give one process another /etc/resolv.conf"]
 async fn a_name_server_that_never_answers() {
-    let silent = std::net::UdpSocket::bind("127.0.0.99:53").unwrap();
+    // The port is fixed, and other runs of this test may be under way: each process has an address of its own.
+    let [.., high, low] = std::process::id().to_be_bytes();
+    let host = format!("127.99.{high}.{low}");
+    let silent = std::net::UdpSocket::bind(format!("{host}:53")).unwrap();
     let scratch = Scratch::new(None).unwrap();
-    let settings =
-        scratch.write("resolv.conf", "nameserver 127.0.0.99\noptions timeout:10 attempts:3\n", None).unwrap();
+    let settings = format!("nameserver {host}\noptions timeout:10 attempts:3\n");
+    let settings = scratch.write("resolv.conf", settings, None).unwrap();
     let object = "apiVersion: auditlog.dev/v1alpha1\nkind: AuditLogSweeper\nmetadata: {name: app}\n\
                   spec: {database: {secretRef: {name: db}}}\n";
     let object = scratch.write("app.yaml", object, None).unwrap();
