@@ -40,7 +40,7 @@ pub fn judge(object: &mut Value) -> Vec<String> {
     errors
 }
 
-/// A spec that breaks no rule of the CRD, whoever let it in. Nothing sweeps by another.
+/// A spec that breaks no rule of the CRD. Only such a spec becomes a plan.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ValidSpec(Arc<AuditLogSweeperSpec>);
 

@@ -94,16 +94,14 @@ impl ObjectCache {
         let AuditLogSweeper { metadata, spec, status } =
             object.0.as_ref().map_err(|invalid| Box::new(invalid.clone()))?;
         let uid = metadata.uid.as_deref().unwrap_or_default();
-        let known = self.get(uid).valid.filter(|valid| **valid == *spec);
-        let spec = known.map_or_else(|| ValidSpec::new(spec.clone()), Ok);
+        let known = self.lock().get(uid).and_then(|entry| entry.valid.clone()).filter(|valid| **valid == *spec);
         let metadata = metadata.clone();
-        match spec {
-            Ok(spec) => {
-                self.change(uid, |entry| entry.valid = Some(spec.clone()));
-                Ok(Sweeper { metadata, spec, status: status.clone().unwrap_or_default() })
-            }
-            Err(broken) => Err(Box::new(InvalidObject { error: broken.join("; "), metadata })),
-        }
+        let spec = match known.map_or_else(|| ValidSpec::new(spec.clone()), Ok) {
+            Ok(spec) => spec,
+            Err(broken) => return Err(Box::new(InvalidObject { error: broken.join("; "), metadata })),
+        };
+        self.change(uid, |entry| entry.valid = Some(spec.clone()));
+        Ok(Sweeper { metadata, spec, status: status.clone().unwrap_or_default() })
     }
 
     /// Clears due times and counts when a term begins. Another replica may have swept, so only the status is reliable.

@@ -36,7 +36,6 @@ pub struct Permits<'a> {
 }
 
 /// What a preflight or a sweep needs.
-#[derive(Clone)]
 struct Prepared {
     plan: Plan,
     target: Target,
@@ -160,7 +159,7 @@ async fn sweep(
     let report = Report::new(Ok(Ended::Stopped));
     let mut attempt = Box::new(SweepAttempt { slot, start: Utc::now(), checked: None, report });
     let made = match prepared {
-        Ok(prepared) => run(&mut attempt, sweeper, &prepared, context, stop).await?,
+        Ok(prepared) => run(&mut attempt, sweeper, prepared, context, stop).await?,
         Err(failure) => Some(Err(failure)),
     };
     match made {
@@ -177,12 +176,12 @@ async fn sweep(
 async fn run(
     attempt: &mut SweepAttempt,
     sweeper: &Sweeper,
-    prepared: &Prepared,
+    prepared: Prepared,
     context: &Context,
     stop: &CancellationToken,
 ) -> Result<Option<Result<(), Failure>>, ApiError> {
-    if needs_preflight(sweeper, prepared, attempt.start, context) {
-        let checking = catch_panic(check(sweeper, prepared, context));
+    if needs_preflight(sweeper, &prepared, attempt.start, context) {
+        let checking = catch_panic(check(sweeper, &prepared, context));
         let Some(checked) = stop.run_until_cancelled(checking).await else { return Ok(None) };
         match checked.flatten() {
             Ok(checked) => attempt.checked = Some(checked),
@@ -224,8 +223,8 @@ fn needs_preflight(sweeper: &Sweeper, prepared: &Prepared, start: DateTime<Utc>,
     entry.needs_preflight(ready, sweeper.generation(), &prepared.secrets, start)
 }
 
-fn job(sweeper: &Sweeper, slot: &DueSweep, prepared: &Prepared, context: &Context) -> Job {
-    let Prepared { plan, target, .. } = prepared.clone();
+fn job(sweeper: &Sweeper, slot: &DueSweep, prepared: Prepared, context: &Context) -> Job {
+    let Prepared { plan, target, .. } = prepared;
     // A retry has no yield budget, because earlier attempts used time of this slot.
     let yield_budget = if slot.continues.is_some() { Duration::ZERO } else { plan.yield_budget };
     let peers = context.sweep_limiter.peers(&target.servers());

@@ -41,8 +41,7 @@ pub async fn sweeper(context: &Context, watched: &ObjectMeta) -> Result<Option<S
     Ok(fetched.and_then(|fetched| context.cache.validate(&fetched).ok()))
 }
 
-/// The same, but None also if it is not one of those that the label selector names. The API server judges, in its own
-/// words for selectors.
+/// Like [`object`], but also None if the label selector does not match. The API server evaluates the selector.
 pub async fn selected(context: &Context, namespace: &str, name: &str) -> Result<Option<ParsedObject>, ApiError> {
     let Context { server, settings, .. } = context;
     let Some(selector) = &settings.selector else { return object(server, namespace, name).await };

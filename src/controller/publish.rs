@@ -46,12 +46,13 @@ struct Published {
 pub async fn publish(context: &Context, result: Arc<AttemptResult>) -> Result<(), ApiError> {
     let uid = result.sweeper.uid();
     let leads = context.leadership.leads();
-    // Without leadership only sweep attempts are kept, because nobody else knows their counts.
+    // Without leadership only sweep attempts are kept, because only this replica knows their counts.
     let kept = (leads || result.sweep().is_some()).then(|| result.clone());
+    // It holds even if the status cannot be written.
+    let not_before = result.apply(&result.sweeper.status).next_schedule_time;
     context.cache.change(uid, |entry| {
         entry.pending.clone_from(&kept);
-        // It holds even if the status cannot be written.
-        entry.not_before = result.apply(&result.sweeper.status).next_schedule_time;
+        entry.not_before = not_before;
     });
     if kept.is_none() {
         return Ok(());

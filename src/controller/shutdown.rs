@@ -1,7 +1,7 @@
 //! At the end of the process, sees to it that no result with rows is lost without a word.
 //!
-//! After a stop, requests that carry no counts are given up by whoever makes them. Here are those that do: a result that
-//! the API server does not take is tried again for as long as the process may last.
+//! After a stop, requests that carry no counts are given up at once. A result with rows that the API server does not take is
+//! tried again for as long as the process may last.
 
 use std::sync::Arc;
 use std::time::Duration;
