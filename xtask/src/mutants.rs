@@ -8,7 +8,9 @@ use std::time::Instant;
 use support::build::root;
 use support::process::output;
 
-/// A change to the code, and whether the database suite must notice it.
+/// A change to the code that at least one of the tests must notice.
+///
+/// The guard alone is not removed here: the lock clause checks its own WHERE again, so that no test can notice it.
 struct Mutant {
     name: &'static str,
     file: &'static str,
@@ -16,7 +18,6 @@ struct Mutant {
     edits: &'static [(&'static str, &'static str)],
     /// The tests that are run.
     tests: &'static [&'static str],
-    noticed: bool,
 }
 
 const GUARD: (&str, &str) = ("AND (t.{time_completed} IS NULL) IS TRUE ", "");
@@ -25,13 +26,12 @@ const STATEMENT: &str = "src/sweep/statement.rs";
 const BATCHES: &str = "src/sweep/execute/batches.rs";
 const COMMIT: &str = "src/sweep/execute/commit.rs";
 
-const MUTANTS: [Mutant; 10] = [
+const MUTANTS: [Mutant; 9] = [
     Mutant {
         name: "neither guard nor lock clause",
         file: STATEMENT,
         edits: &[GUARD, LOCK],
         tests: &["database::history", "database::sweep::a_completion_in_flight"],
-        noticed: true,
     },
     Mutant {
         name: "join on the id alone",
@@ -41,64 +41,48 @@ const MUTANTS: [Mutant; 10] = [
             "t.{id} {key_equals} stale.{id}",
         )],
         tests: &["database::sweep::the_same_id", "database::shapes::partitions"],
-        noticed: true,
     },
     Mutant {
         name: "a lost COMMIT taken as not done",
         file: COMMIT,
         edits: &[("(self.find_out(start, receipt).await, Err(error))", "(Some(false), Err(error))")],
         tests: &["database::faults::a_lost_answer", "database::faults::a_commit_that_waits"],
-        noticed: true,
     },
     Mutant {
         name: "the end judged by updated rows",
         file: BATCHES,
         edits: &[("if batch.selected < next.rows {", "if batch.completed < next.rows {")],
         tests: &["database::sweep::batches_go_on"],
-        noticed: true,
     },
     Mutant {
         name: "no cursor from batch to batch",
         file: BATCHES,
         edits: &[("cursor = batch.cursor.or(cursor);", "")],
         tests: &["database::sweep::batches_go_on"],
-        noticed: true,
     },
     Mutant {
         name: "the predicate of the plain index stated beside the private one",
         file: STATEMENT,
         edits: &[("Some(\"t\") { OpenPredicate::Private }", "Some(\"t\") { OpenPredicate::Plain }")],
         tests: &["database::plans::a_batch_walks"],
-        noticed: true,
     },
     Mutant {
         name: "keys compared by the operators of text",
         file: STATEMENT,
         edits: &[("operators.unwrap_or_else(", "operators.filter(|_: &[String; 2]| false).unwrap_or_else(")],
         tests: &["database::shapes::keys_of_type_citext"],
-        noticed: true,
     },
     Mutant {
         name: "an unknown field of the spec ignored",
         file: "src/api/validate.rs",
         edits: &[("None => unknown.push(path),", "None => {}")],
         tests: &["controller::model"],
-        noticed: true,
-    },
-    Mutant {
-        name: "the guard alone removed",
-        file: STATEMENT,
-        edits: &[GUARD],
-        tests: &["database::history", "database::sweep::a_completion_in_flight"],
-        // The lock clause checks its own WHERE again; the guard is the promise, the lock the manners.
-        noticed: false,
     },
     Mutant {
         name: "the lock clause alone removed",
         file: STATEMENT,
         edits: &[LOCK],
-        tests: &["database::history"],
-        noticed: false,
+        tests: &["database::sweep::a_completion_in_flight"],
     },
 ];
 
@@ -109,7 +93,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         fs::remove_dir_all(&copy)?;
     }
     output(Command::new("git").arg("clone").arg("--quiet").arg(root()).arg(&copy))?;
-    let mut wrong = 0;
+    let mut missed = 0;
     for mutant in &MUTANTS {
         let started = Instant::now();
         let path = copy.join(mutant.file);
@@ -122,13 +106,11 @@ pub fn run() -> anyhow::Result<ExitCode> {
         fs::write(&path, &broken)?;
         let noticed = !passes(&copy, mutant.tests)?;
         fs::write(&path, &code)?;
-        let verdict = if noticed { "red" } else { "green" };
-        let right = noticed == mutant.noticed;
-        wrong += usize::from(!right);
-        let (due, seconds) = (if right { "as due" } else { "WRONG" }, started.elapsed().as_secs());
-        println!("{verdict:<5} {due:<7} {seconds:>3} s  {}", mutant.name);
+        missed += usize::from(!noticed);
+        let verdict = if noticed { "noticed" } else { "MISSED" };
+        println!("{verdict:<7} {:>3} s  {}", started.elapsed().as_secs(), mutant.name);
     }
-    Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Whether the tests pass on the copy. A mutant that does not compile is no mutant.
