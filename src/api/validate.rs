@@ -75,9 +75,11 @@ impl Deref for ValidSpec {
 /// # Errors
 /// What is wrong with the object: its unknown spec fields, or the first field that cannot be read.
 pub fn parse(object: &Value) -> Result<AuditLogSweeper, String> {
-    let mut unknown = vec![];
+    let (mut unknown, mut broken) = (vec![], vec![]);
     if let (Some(schema), Some(spec)) = (RULES.schema.pointer("/properties/spec"), object.get("spec")) {
         unknown_fields(schema, spec, "spec", &mut unknown);
+        // Before it is read: a list would pass for the object whose fields it holds in order.
+        check(schema, spec, "spec", &mut broken);
     }
     if !unknown.is_empty() {
         return Err(format!(
@@ -85,6 +87,9 @@ pub fn parse(object: &Value) -> Result<AuditLogSweeper, String> {
             env!("CARGO_PKG_VERSION"),
             unknown.join(", ")
         ));
+    }
+    if !broken.is_empty() {
+        return Err(broken.join("; "));
     }
     AuditLogSweeper::deserialize(object).or_else(|error| {
         // The spec decides whether the object is valid; of its status, what can be read will do.
@@ -273,6 +278,40 @@ mod tests {
             })
         };
         assert_eq!(parse(&object("4h")).unwrap().status.unwrap().consecutive_failures, 4);
+        assert!(parse(&object("soon")).is_err());
+    }
+
+    #[test]
+    fn a_spec_is_judged_as_it_is_stored_and_not_as_it_could_be_read() {
+        let parsed = |spec: Value| {
+            parse(
+                &json!({ "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": {}, "spec": spec }),
+            )
+        };
+        let database = json!({ "secretRef": { "name": "db" } });
+        assert!(parsed(json!({ "database": database })).is_ok());
+        for (spec, field) in [
+            (json!([[["db"]], "s", "t"]), "spec"),
+            (json!({ "database": [["db"]] }), "spec.database"),
+            (json!({ "database": { "secretRef": ["db", "uri"] } }), "spec.database.secretRef"),
+            (json!({ "database": database, "columns": ["k"] }), "spec.columns"),
+            (json!({ "database": database, "complete": [["a", "b"]] }), "spec.complete[0]"),
+            (json!({ "database": database, "timeout": null }), "spec.timeout"),
+        ] {
+            let error = parsed(spec.clone()).unwrap_err();
+            assert!(error.starts_with(&format!("{field}: Invalid value: ")), "{spec}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_spec_that_cannot_be_read_makes_the_object_invalid() {
+        let object = |timeout: &str| {
+            json!({
+                "apiVersion": "auditlog.dev/v1alpha1", "kind": "AuditLogSweeper", "metadata": { "name": "app" },
+                "spec": { "database": { "secretRef": { "name": "db" } }, "timeout": timeout },
+            })
+        };
+        assert!(parse(&object("4h")).is_ok());
         assert!(parse(&object("soon")).is_err());
     }
 

@@ -1,11 +1,11 @@
 //! Judges the plan that the server makes for a batch, and for the application's own completion. Pure, as `judge` is.
 
-use super::catalog::Catalog;
+use super::catalog::{Catalog, Index};
 use super::finding::{PreflightReport, Severity, Subject};
 use super::fix::{self, field, qualified, quoted};
 use crate::api::Reason;
 use crate::database::Error;
-use crate::sweep::statement::OpenPredicate;
+use crate::sweep::open_index::OpenPredicate;
 
 use Severity::{Blocking, NotReady, Warning};
 
@@ -15,7 +15,7 @@ pub fn judge(steps: &[String], completion: Option<&[String]>, facts: &Catalog, c
     if let Some(indexes) = completion {
         completion_by_key(indexes, facts, checked);
     }
-    if !steps.iter().any(|step| step.contains("Seq Scan")) {
+    if !reads_the_whole_table(steps, facts) {
         let uses = completion.filter(|indexes| !indexes.is_empty());
         let uses = uses.map(|indexes| fix::names(indexes.iter().take(3).map(String::as_str)));
         let uses = uses.map(|names| format!("; the application's completions use {names}")).unwrap_or_default();
@@ -43,6 +43,17 @@ pub fn judge(steps: &[String], completion: Option<&[String]>, facts: &Catalog, c
     checked.find(Subject::Statement, NotReady, Reason::IndexMissing, message, None);
 }
 
+/// Whether a plan scans the table otherwise than by an index of open rows. The rows that it chose are looked up by any.
+fn reads_the_whole_table(steps: &[String], facts: &Catalog) -> bool {
+    let open = |index: &&Index| index.open.is_some() && index.ordered;
+    let open: Vec<_> = facts.tree.iter().flat_map(|node| &node.indexes).filter(open).map(|index| &index.name).collect();
+    // A name may hold the end of a line.
+    let plan = steps.join("\n");
+    let walks = |name: &str| plan.contains(&format!(" using {name} on "));
+    let walks_open = open.iter().any(|name| walks(name) || walks(&quoted(name)));
+    plan.contains("Seq Scan") || plan.contains(" using ") && !walks_open
+}
+
 fn completion_by_key(indexes: &[String], facts: &Catalog, checked: &mut PreflightReport) {
     let private = facts.tree.iter().flat_map(|node| &node.indexes);
     let mut private = private.filter(|index| index.open == Some(OpenPredicate::Private));
@@ -67,7 +78,7 @@ pub fn judge_refusal(error: &Error, checked: &mut PreflightReport) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::catalog::{Index, Node};
+    use super::super::catalog::Node;
     use super::*;
 
     fn nothing() -> Catalog {

@@ -12,8 +12,9 @@ use serde::Deserialize;
 use super::dependants::Dependant;
 use super::json::list;
 use crate::sweep::Plan;
+use crate::sweep::open_index::{INDEX_ORDERED, INDEX_PENDING, NOT_DETACHING, OpenPredicate};
 use crate::sweep::plan::literal;
-use crate::sweep::statement::{INDEX_PENDING, LOCK_TIMEOUT, OpenPredicate, SEARCH_PATH};
+use crate::sweep::statement::{LOCK_TIMEOUT, SEARCH_PATH};
 
 /// Who answers, and as whom.
 #[derive(Clone, Debug, Deserialize)]
@@ -215,7 +216,7 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
            SELECT c.oid, NULL::oid AS parent, 0 AS level FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
              WHERE n.nspname = {schema} AND c.relname = {table} \
            UNION SELECT i.inhrelid, i.inhparent, tree.level + 1 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid \
-             WHERE NOT coalesce((to_jsonb(i) ->> 'inhdetachpending')::boolean, false)) \
+             WHERE {NOT_DETACHING}) \
          SELECT json_build_object( \
            'schema', (SELECT json_build_object('usage', has_schema_privilege(n.oid, 'USAGE'), 'owner', {schema_owner}) \
              FROM pg_namespace n WHERE n.nspname = {schema}), \
@@ -287,19 +288,12 @@ fn indexes(completed: &str) -> String {
                    FROM unnest(x.indkey::int2[]) WITH ORDINALITY AS key(attnum, n) \
                    LEFT JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = key.attnum AND key.attnum <> 0 \
                    WHERE key.n <= x.indnkeyatts)";
-    // Both ascending with NULLs last, or both the other way round, which is read backwards.
-    let ordered = "m.amname = 'btree' AND x.indnkeyatts >= 2 \
-                   AND (x.indoption[0], x.indoption[1]) IN ((0, 0), (3, 3)) \
-                   AND (SELECT bool_and(q.opcdefault) FROM pg_opclass q WHERE q.oid IN (x.indclass[0], x.indclass[1])) \
-                   AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = x.indrelid \
-                     AND (a.attnum, a.attcollation <> x.indcollation[0]) = (x.indkey[0], true) \
-                     OR a.attrelid = x.indrelid AND (a.attnum, a.attcollation <> x.indcollation[1]) = (x.indkey[1], true))";
     list(
         &format!(
             "json_build_object('oid', ic.oid::bigint, 'parent', (SELECT h.inhparent::bigint FROM pg_inherits h \
                WHERE h.inhrelid = ic.oid), 'name', ic.relname, \
              'constraint', EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = ic.oid AND k.contype IN ('p', 'u', 'x')), 'valid', x.indisvalid AND x.indisready, \
-             'unique', x.indisunique, 'columns', {columns}, 'ordered', {ordered}, \
+             'unique', x.indisunique, 'columns', {columns}, 'ordered', {INDEX_ORDERED}, \
              'includes', x.indnatts > x.indnkeyatts, 'partial', x.indpred IS NOT NULL, \
              'open', CASE pg_get_expr(x.indpred, x.indrelid) WHEN {private} THEN 'private' WHEN {plain} THEN 'plain' END, \
              'pending', {INDEX_PENDING}) \

@@ -5,8 +5,8 @@ use postgres_protocol::escape::escape_identifier;
 use super::catalog::InSchema;
 use super::finding::{Fix, Part, RunAs};
 use crate::api::cut;
+use crate::sweep::open_index::OpenPredicate;
 use crate::sweep::plan::literal;
-use crate::sweep::statement::OpenPredicate;
 
 /// The longest name that PostgreSQL keeps, in bytes.
 pub const MAX_NAME: usize = 63;

@@ -3,7 +3,7 @@
 use super::catalog::{Catalog, Index, Node};
 use super::finding::{Part, RunAs};
 use super::fix::{self, Does, Wanted, qualified};
-use crate::sweep::statement::OpenPredicate;
+use crate::sweep::open_index::OpenPredicate;
 
 impl Wanted<'_> {
     /// Whether an index does what is wanted; it may do more.
@@ -65,6 +65,28 @@ impl Wanted<'_> {
             by_owner(node, format!("DROP INDEX {concurrently}{}", qualified(&node.schema, &index.name)))
         };
         fix::in_turn(own.map(drop))
+    }
+
+    /// How to come from the `plain` index to this one without a gap, and why.
+    pub fn replacement(&self, plain: &Self, node: &Node, index: &Index, facts: &Catalog) -> (String, Vec<Part>) {
+        let why = format!(
+            "the index {} slows the application: PostgreSQL also uses it for the application's own completions (WHERE id = \
+             ... AND time_completed IS NULL), and each of them leaves a dead entry there. Measured: 4,700 completions per \
+             second without it, 1,658 with it after half a minute",
+            qualified(&node.schema, &index.name)
+        );
+        if let Some((node, index)) = self.all_serving(facts).find(|(_, index)| index.pending) {
+            let name = qualified(&node.schema, &index.name);
+            let wait = format!(
+                "{name}, which replaces it, does not serve yet: it was made while older transactions were running. Check \
+                 again once they have ended, and drop the other one then"
+            );
+            return (format!("{why}. {wait}"), vec![]);
+        }
+        let mut parts = if self.is_there(facts) { vec![] } else { self.parts(facts) };
+        parts.extend(plain.drops(facts));
+        let text = format!("{why}. Replace it by an index that only the sweep uses; sweeps go on meanwhile");
+        (text, fix::in_turn(parts))
     }
 
     /// What keeps an index that is there from serving.

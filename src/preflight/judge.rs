@@ -5,8 +5,8 @@ use super::finding::{Fix, PreflightReport, RunAs, Severity, Subject};
 use super::fix::{self, Does, Wanted, field, part, parts, qualified, quoted, sql};
 use crate::api::Reason;
 use crate::sweep::Plan;
+use crate::sweep::open_index::OpenPredicate;
 use crate::sweep::plan::Names;
-use crate::sweep::statement::OpenPredicate;
 
 use Severity::{Blocking, NotReady, Warning};
 
@@ -213,16 +213,9 @@ impl Judge<'_> {
         if let Some((node, index)) = plain.all_serving(self.facts).next()
             && (private_is_there || plain.is_there(self.facts) || plain.is_on_every_partition(self.facts))
         {
-            let message = format!(
-                "the index {} slows the application: PostgreSQL also uses it for the application's own completions (WHERE \
-                 id = ... AND time_completed IS NULL), and each of them leaves a dead entry there. Measured: 4,700 \
-                 completions per second without it, 1,658 with it after half a minute. Replace it by an index that only \
-                 the sweep uses; sweeps go on meanwhile",
-                qualified(&node.schema, &index.name)
-            );
-            let mut replace = if private_is_there { vec![] } else { wanted.parts(self.facts) };
-            replace.extend(plain.drops(self.facts));
-            checked.find(Subject::Index, Warning, Reason::IndexNotPrivate, message, parts(fix::in_turn(replace)));
+            let (message, replace) = wanted.replacement(&plain, node, index, self.facts);
+            let fix = (!replace.is_empty()).then(|| parts(replace));
+            checked.find(Subject::Index, Warning, Reason::IndexNotPrivate, message, fix);
         } else if private_is_there {
             checked.pass(Subject::Index, describe(&wanted));
         } else if self.root.kind == "p" && wanted.is_on_every_partition(self.facts) {

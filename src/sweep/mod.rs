@@ -7,6 +7,7 @@
 
 pub mod batch_planner;
 pub mod execute;
+pub mod open_index;
 pub mod plan;
 pub mod recovery;
 pub mod report;

@@ -11,13 +11,13 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use serde::Deserialize;
 use tokio_postgres::SimpleQueryMessage;
 
+use super::open_index::{EQUALS, INDEX_ORDERED, INDEX_PENDING, NOT_DETACHING, OpenPredicate};
 use super::plan::{Names, Plan, literal};
 use crate::database::session::{last_row, text};
 
-/// Waiting for a lock longer than this is somebody else's schema change.
+/// Waiting for a lock longer than this is a schema change.
 pub const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A client that was stopped or cut off must not hold its row locks for long.
@@ -27,49 +27,11 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 const ISO: &str = r#"'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"#;
 
 /// For a transaction that runs no trigger. Without `pg_temp`, a temporary type or table would come before `pg_catalog`.
-pub const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp; ";
+/// The server also writes expressions down in one form, with quotes only where they are needed.
+pub const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL quote_all_identifiers = off; ";
 
-/// Equality of the server's own, whatever an operator of that name elsewhere does.
-const EQUALS: &str = "OPERATOR(pg_catalog.=)";
-
-/// Likewise for "greater than".
+/// The server's own operator, whatever an operator of that name elsewhere does.
 const GREATER: &str = "OPERATOR(pg_catalog.>)";
-
-/// Whether PostgreSQL does not use the index `x` yet: an older transaction may still need rows that the index lacks.
-/// Source: `get_relation_info` in PostgreSQL's `plancat.c`.
-pub const INDEX_PENDING: &str = "(x.indcheckxmin AND age(x.xmin) <= age(xid(pg_snapshot_xmin(pg_current_snapshot()))))";
-
-/// How an index of open rows says which rows it holds. A selection must say exactly the same, or the planner does not
-/// use the index.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
-#[serde(rename_all = "lowercase")]
-pub enum OpenPredicate {
-    /// `num_nulls(column) = 1`. No planner derives it from the application's own `column IS NULL`, so the application's
-    /// statements never use the index, nor suffer from its dead entries.
-    Private,
-    /// `column IS NULL`.
-    #[default]
-    Plain,
-}
-
-impl OpenPredicate {
-    /// The predicate as SQL, on a quoted column.
-    pub fn sql(self, column: &str) -> String {
-        match self {
-            Self::Private => format!("pg_catalog.num_nulls({column}) {EQUALS} 1"),
-            Self::Plain => format!("{column} IS NULL"),
-        }
-    }
-
-    /// An SQL expression for the predicate as `pg_get_expr` writes it down, under [`SEARCH_PATH`].
-    pub fn written(self, column: &str) -> String {
-        let form = match self {
-            Self::Private => "'(num_nulls(%I) = 1)'",
-            Self::Plain => "'(%I IS NULL)'",
-        };
-        format!("format({form}, {})", literal(column))
-    }
-}
 
 /// What a sweep asks first. It stays the same until the sweep ends.
 #[derive(Clone, Debug)]
@@ -150,14 +112,21 @@ fn settings(statement_timeout: Duration) -> String {
 
 /// Asks for a [`Start`].
 pub fn start(plan: &Plan, statement_timeout: Duration) -> String {
-    let Names { schema, table, id, time_completed, .. } = &plan.names;
-    let private = |relation: &str| {
-        format!(
-            "EXISTS (SELECT FROM pg_index x WHERE x.indrelid = {relation}.oid AND x.indisvalid AND NOT {INDEX_PENDING} \
-             AND x.indpred IS NOT NULL AND pg_get_expr(x.indpred, x.indrelid) = {})",
-            OpenPredicate::Private.written(time_completed)
-        )
+    let Names { schema, table, id, time_started, time_completed, .. } = &plan.names;
+    let column = |n| {
+        format!("(SELECT a.attname FROM pg_attribute a WHERE (a.attrelid, a.attnum) = (x.indrelid, x.indkey[{n}]))")
     };
+    // Of a partitioned table's index, only those of the partitions tell whether it may be used.
+    let private = format!(
+        "EXISTS (SELECT FROM pg_index x JOIN pg_class ic ON ic.oid = x.indexrelid JOIN pg_am m ON m.oid = ic.relam \
+         WHERE x.indrelid = tree.oid AND x.indisvalid AND NOT {INDEX_PENDING} AND {INDEX_ORDERED} \
+         AND {} = {} AND {} = {} AND x.indpred IS NOT NULL AND pg_get_expr(x.indpred, x.indrelid) = {})",
+        column(0),
+        literal(time_started),
+        column(1),
+        literal(id),
+        OpenPredicate::Private.written(time_completed)
+    );
     // Of the default operator class, as the order and the indexes of the column: 3 is "equal", 5 is "greater".
     let operators = "(SELECT json_agg(format('OPERATOR(%I.%s)', n.nspname, o.oprname) ORDER BY s.amopstrategy) \
         FROM key JOIN pg_opclass k ON k.opcintype = key.oid AND k.opcdefault \
@@ -169,22 +138,19 @@ pub fn start(plan: &Plan, statement_timeout: Duration) -> String {
         "WITH RECURSIVE root AS (SELECT c.oid, c.relkind FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
              WHERE n.nspname = {schema} AND c.relname = {table}), \
            tree AS (SELECT * FROM root UNION ALL SELECT c.oid, c.relkind FROM tree JOIN pg_inherits i \
-             ON i.inhparent = tree.oid JOIN pg_class c ON c.oid = i.inhrelid WHERE tree.relkind = 'p'), \
+             ON i.inhparent = tree.oid JOIN pg_class c ON c.oid = i.inhrelid WHERE tree.relkind = 'p' AND {NOT_DETACHING}), \
            key AS (SELECT t.oid, t.typbasetype FROM root JOIN pg_attribute a ON a.attrelid = root.oid AND a.attname = {id} \
              JOIN pg_type t ON t.oid = a.atttypid \
              UNION ALL SELECT t.oid, t.typbasetype FROM key JOIN pg_type t ON t.oid = key.typbasetype) \
          SELECT to_char((now - interval '{timeout} milliseconds') AT TIME ZONE 'UTC', {ISO}), \
            to_char(now AT TIME ZONE 'UTC', {ISO}), \
-           (SELECT {on_root} OR root.relkind = 'p' AND NOT EXISTS (SELECT FROM tree WHERE tree.relkind <> 'p' AND NOT {on_leaf}) \
-             FROM root), {operators}, \
+           NOT EXISTS (SELECT FROM tree WHERE tree.relkind <> 'p' AND NOT {private}), {operators}, \
            (SELECT oid IN ('uuid'::regtype, 'int8'::regtype, 'int4'::regtype, 'int2'::regtype) FROM key WHERE typbasetype = 0) \
          FROM clock_timestamp() AS now",
         schema = literal(schema),
         table = literal(table),
         id = literal(id),
         timeout = plan.timeout.as_millis(),
-        on_root = private("root"),
-        on_leaf = private("tree"),
     );
     read_only(&select, statement_timeout)
 }

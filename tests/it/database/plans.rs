@@ -209,6 +209,62 @@ async fn a_batch_states_the_private_predicate_only_when_every_partition_can_use_
     assert_eq!(uses().await, (4, 0), "one that is private comes before one that is not");
 }
 
+/// A batch walks the plain index as long as the private one cannot serve it, whatever else has the private predicate.
+#[tokio::test]
+async fn a_batch_states_the_private_predicate_only_for_an_index_that_it_can_walk() {
+    for (kind, create) in TABLES {
+        for other in ["USING hash (id)", "(id)", "(time_started DESC, id)", "(id, time_started)"] {
+            let log = AuditTable::empty().await;
+            table(&log, create, PLAIN, &[COMPLETE, BACKLOG], OTHERS[0]).await;
+            log.run(&format!("CREATE INDEX other ON audit_log {other} WHERE {PRIVATE}")).await;
+            let plan = batch_plan(&log).await.join("\n");
+            assert!(!plan.contains("num_nulls") && !plan.contains("Seq Scan"), "{kind}, {other}: {plan}");
+        }
+        // Beside a transaction that began before the index, and sees a version of a row that is not in it.
+        let log = AuditTable::empty().await;
+        table(&log, create, PLAIN, &[COMPLETE, BACKLOG], OTHERS[0]).await;
+        // Room for a new version of a row on the page of the old one.
+        let leaf = if kind == "plain" { "audit_log" } else { "p1" };
+        log.run(&format!("ALTER TABLE {leaf} SET (fillfactor = 50)")).await;
+        log.run(&format!("VACUUM FULL {leaf}")).await;
+        let mut old = log.database.client().await.unwrap();
+        let level = tokio_postgres::IsolationLevel::RepeatableRead;
+        let old = old.build_transaction().isolation_level(level).start().await.unwrap();
+        old.batch_execute("SELECT pg_current_xact_id(), count(*) FROM audit_log").await.unwrap();
+        log.run("UPDATE audit_log SET result_kind = 'x' WHERE id::text LIKE '%-0001-%'").await;
+        log.run(&format!("CREATE INDEX private ON audit_log (time_started, id) WHERE {PRIVATE}")).await;
+        let plan = batch_plan(&log).await.join("\n");
+        assert!(!plan.contains("num_nulls") && !plan.contains("Seq Scan"), "{kind}, pending: {plan}");
+        old.rollback().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn quotes_around_all_names_and_a_partition_that_is_leaving_hide_no_index() {
+    let log = AuditTable::empty().await;
+    table(&log, TABLES[1].1, PRIVATE, &[], OTHERS[0]).await;
+    log.run("SET quote_all_identifiers = on").await;
+    let plan = batch_plan(&log).await.join("\n");
+    assert_eq!(plan.matches("\"num_nulls\"(\"time_completed\") = 1").count(), 3, "{plan}");
+    log.run("SET quote_all_identifiers = off").await;
+    if log.query("SELECT current_setting('server_version_num')::int >= 140000").await == ["f"] {
+        return;
+    }
+    // It leaves once this transaction has ended.
+    log.run("DROP INDEX open; ALTER TABLE audit_log DETACH PARTITION p3").await;
+    log.run("CREATE TABLE p4 PARTITION OF audit_log FOR VALUES FROM ('2021-01-01') TO ('2022-01-01')").await;
+    for partition in ["p1", "p2"] {
+        log.run(&format!("CREATE INDEX ON {partition} (time_started, id) WHERE {PRIVATE}")).await;
+    }
+    let old = log.database.client().await.unwrap();
+    old.batch_execute("BEGIN; SELECT count(*) FROM audit_log").await.unwrap();
+    let leaving = log.database.client().await.unwrap();
+    leaving.batch_execute("SET statement_timeout = '200ms'").await.unwrap();
+    leaving.batch_execute("ALTER TABLE audit_log DETACH PARTITION p4 CONCURRENTLY").await.unwrap_err();
+    let plan = batch_plan(&log).await.join("\n");
+    assert_eq!(plan.matches("num_nulls(time_completed) = 1").count(), 2, "{plan}");
+}
+
 /// The application's own statements, as texts and as prepared statements with generic plans.
 const COMPLETION: &str =
     "UPDATE audit_log SET time_completed = clock_timestamp() WHERE id = KEY AND time_completed IS NULL";

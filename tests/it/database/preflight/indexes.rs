@@ -320,6 +320,29 @@ async fn an_index_that_the_server_does_not_use_yet() {
 }
 
 #[tokio::test]
+async fn an_index_is_not_dropped_before_the_one_that_replaces_it_serves() {
+    for table in [TABLE, PARTITIONED] {
+        let stage = Stage::new(table).await;
+        let plain = "CREATE INDEX plain ON audit_log (time_started, id) WHERE time_completed IS NULL";
+        stage.log.run(&format!("DROP INDEX IF EXISTS sweep_index; {plain}")).await;
+        let row = format!("INSERT INTO audit_log (id, time_started) VALUES ('{}', '2020-01-01')", super::id(1));
+        stage.log.run(&row).await;
+        let mut old = stage.log.database.client().await.unwrap();
+        let level = tokio_postgres::IsolationLevel::RepeatableRead;
+        let old = old.build_transaction().isolation_level(level).start().await.unwrap();
+        old.batch_execute("SELECT pg_current_xact_id(), count(*) FROM audit_log").await.unwrap();
+        // Its old version is on the same page, and the new index does not hold it.
+        stage.log.run("UPDATE audit_log SET note = 'x'").await;
+        stage.log.run(INDEX).await;
+        let checked = stage.check(&json!({})).await;
+        let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
+        assert_eq!((found.reason, &found.fix), (IndexNotPrivate, &None), "{found:#?}");
+        assert!(found.message.contains("does not serve yet"), "{}", found.message);
+        old.rollback().await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn an_index_that_nothing_wakes_and_one_of_a_constraint() {
     let only = "CREATE INDEX sweep_index ON ONLY audit_log (time_started, id) WHERE num_nulls(time_completed) = 1";
     let on = |table: &str| {
