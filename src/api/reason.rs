@@ -97,6 +97,18 @@ impl Reason {
         self.failure().map_or(Class::Transient, |(class, _)| class)
     }
 
+    /// Whether the server kept an attempt waiting in vain, or flooded it: each such attempt is costly, so there are few.
+    pub const fn is_silence(self) -> bool {
+        matches!(
+            self,
+            Self::NameResolutionFailed
+                | Self::ConnectTimeout
+                | Self::LoginTimeout
+                | Self::ResponseTimeout
+                | Self::ProtocolError
+        )
+    }
+
     /// How far an attempt came that failed for this reason.
     pub fn stage(self) -> Stage {
         self.failure().map_or(Stage::Server, |(_, stage)| stage)
@@ -132,6 +144,8 @@ reasons! {
         LoginTimeout(Transient, Connection): "something took the connection and let nobody log in", "check that PostgreSQL listens on that port";
         ResponseTimeout(Transient, Connection): "the database stopped answering in the middle", "look at the server and the network";
         ConnectionLost(Transient, Connection): "the connection broke", "look at the server's log for a failover or a restart";
+        ProtocolError(Transient, Connection): "something answered that is not PostgreSQL, or sent more than any answer holds", "check that PostgreSQL listens on that port";
+        TooManyOpenFiles(Transient, Object): "the operator has no file descriptor left", "raise the operator's limit of open files; if it has many, report it";
         DatabaseUnreachable(Transient, Connection): "the connection was refused, or the server starts or stops", "check host and port; wait if it restarts";
         TLSFailed(Missing, Connection): "a certificate or a CA is not right", "see `spec.database.tls`; the message names the field";
         AuthenticationFailed(Missing, Server): "user or password were refused", "check the user and password in the Secret of `spec.database.secretRef`, and `pg_hba.conf`; where the server demands it, set `spec.database.tls.mode` and `clientCertSecretRef`";

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio_postgres::error::{DbError, Severity};
 
+use super::bounded::Excess;
 use crate::api::{Class, Failure, Reason};
 
 /// What can end a sweep early.
@@ -37,9 +38,15 @@ pub enum Error {
     /// A host's name has no address.
     #[error("the host name {host} cannot be resolved: {cause}; check the host in the connection URI")]
     Resolve { host: String, cause: String },
+    /// This process has no file descriptor left for a connection.
+    #[error("cannot connect to {host}: {cause}; raise the operator's limit of open files (ulimit -n)")]
+    OpenFiles { host: String, cause: String },
     /// No connection came about.
     #[error("cannot connect to {host}: {cause}; check the host and port in the connection URI")]
     Connect { host: String, cause: String },
+    /// It sent what PostgreSQL would not.
+    #[error("{host} sent {excess}; check that PostgreSQL listens on the port in the connection URI")]
+    Protocol { host: String, excess: Excess },
     /// Something took longer than it may.
     #[error("{what} did not end within {after:?}")]
     Timer { what: &'static str, after: Duration },
@@ -89,6 +96,8 @@ pub enum ConnectPhase {
     Name,
     Tcp,
     Handshake,
+    /// The login is over.
+    Statement,
 }
 
 /// What the sweep was doing.
@@ -176,9 +185,11 @@ impl Error {
             Self::Ca(_) | Self::ClientCertificate(_) | Self::NamedForNothing | Self::Tls { .. } => Reason::TLSFailed,
             Self::Resolve { .. } | Self::Unanswered { phase: ConnectPhase::Name, .. } => Reason::NameResolutionFailed,
             Self::Connect { .. } => Reason::DatabaseUnreachable,
+            Self::OpenFiles { .. } => Reason::TooManyOpenFiles,
             Self::Unanswered { phase: ConnectPhase::Tcp, .. } => Reason::ConnectTimeout,
             Self::Unanswered { phase: ConnectPhase::Handshake, .. } => Reason::LoginTimeout,
-            Self::Timer { .. } => Reason::ResponseTimeout,
+            Self::Protocol { .. } => Reason::ProtocolError,
+            Self::Timer { .. } | Self::Unanswered { phase: ConnectPhase::Statement, .. } => Reason::ResponseTimeout,
             Self::Broken { .. } => Reason::ConnectionLost,
             Self::ReadOnly { .. } => Reason::NotPrimary,
             Self::Login { .. } => Reason::AuthenticationFailed,
@@ -328,6 +339,11 @@ fn unanswered(host: &str, phase: ConnectPhase, after: Duration) -> String {
             "{host} took the connection and did not let us log in within {after:?}; check that PostgreSQL listens on the \
              port in the connection URI"
         ),
+        ConnectPhase::Statement => {
+            format!(
+                "{host} let us log in and answered no statement within {after:?}; look at the server and the network"
+            )
+        }
     }
 }
 

@@ -14,11 +14,12 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::tls::MakeTlsConnect;
-use tokio_postgres::{CancelToken, Client, SimpleQueryMessage, SimpleQueryRow};
+use tokio_postgres::{CancelToken, Client, Connection, NoTls, SimpleQueryMessage, SimpleQueryRow};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::either::Either;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::bounded::{Bounded, BoundedTls, Ended};
 use super::error::{ConnectPhase, Error, Step};
 use super::target::Target;
 
@@ -30,6 +31,9 @@ const LONGEST_CONNECT: Duration = Duration::from_secs(60);
 
 /// The longest to wait for a cancelled statement to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// ENFILE and EMFILE, on every Unix.
+const OUT_OF_FILES: [i32; 2] = [23, 24];
 
 /// What a connection runs over.
 type Stream = Either<TcpStream, UnixStream>;
@@ -86,24 +90,32 @@ impl Target {
             // It does not leave the machine; PostgreSQL has no TLS there.
             config.ssl_mode(SslMode::Disable);
         }
-        let (client, connection) = config
-            .connect_raw(stream, self.tls::<Stream>(&host)?)
-            .await
-            .map_err(|error| Error::handshake(&host, &error))?;
+        let ended = Ended::default();
+        let opened = if config.get_ssl_mode() == SslMode::Disable {
+            let stream = Bounded::new(stream, ended.clone());
+            config.connect_raw(stream, NoTls).await.map(|(client, connection)| (client, run(connection)))
+        } else {
+            let tls = BoundedTls { connect: self.tls::<Stream>(&host)?, ended: ended.clone() };
+            config.connect_raw(stream, tls).await.map(|(client, connection)| (client, run(connection)))
+        };
+        let (client, connection) = opened.map_err(|error| match ended.get() {
+            Some(excess) => Error::Protocol { host: host.clone(), excess: *excess },
+            None => Error::handshake(&host, &error),
+        })?;
         let session = Session {
             cancel: client.cancel_token(),
             client,
-            // Its errors reach the client's calls.
-            connection: AbortOnDropHandle::new(tokio::spawn(async move { drop(connection.await) })),
+            connection,
+            ended,
             target: self.clone(),
             host: host.clone(),
             peer,
         };
-        if self.writable {
-            let answer = session.query(Step::Login, "SHOW transaction_read_only", CONNECT_TIMEOUT).await?;
-            if last_row(&answer).and_then(|row| text(row, 0)) == Some("on") {
-                return Err(Error::ReadOnly { host });
-            }
+        // Some let everybody log in and then say nothing.
+        *phase = ConnectPhase::Statement;
+        let answer = session.query(Step::Login, "SHOW transaction_read_only", LONGEST_CONNECT).await?;
+        if self.writable && last_row(&answer).and_then(|row| text(row, 0)) == Some("on") {
+            return Err(Error::ReadOnly { host });
         }
         Ok(session)
     }
@@ -120,6 +132,15 @@ impl Target {
             cause: "the host's name cannot be in a certificate".into(),
         })
     }
+}
+
+/// Runs a connection until it ends. The client's calls tell that it did.
+fn run<S, T>(connection: Connection<S, T>) -> AbortOnDropHandle<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    AbortOnDropHandle::new(tokio::spawn(async move { drop(connection.await) }))
 }
 
 /// For a message: to the hundredth of a second.
@@ -161,9 +182,16 @@ enum Peer {
 /// Looks a name up.
 async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
     let unresolved = |cause: String| Error::Resolve { host: host.to_owned(), cause };
-    let found = tokio::net::lookup_host((host, port)).await.map_err(|error| unresolved(error.to_string()))?;
+    let found = tokio::net::lookup_host((host, port)).await;
+    let found = found.map_err(|error| out_of_files(host, &error).unwrap_or_else(|| unresolved(error.to_string())))?;
     let addresses: Vec<_> = found.collect();
     if addresses.is_empty() { Err(unresolved("it has no address".into())) } else { Ok(addresses) }
+}
+
+/// The error where it is this process that can open nothing more.
+fn out_of_files(host: &str, error: &io::Error) -> Option<Error> {
+    let is_it = error.raw_os_error().is_some_and(|code| OUT_OF_FILES.contains(&code));
+    is_it.then(|| Error::OpenFiles { host: host.to_owned(), cause: error.to_string() })
 }
 
 /// Opens the connection, to the first address that takes one.
@@ -186,7 +214,8 @@ async fn dial(host: &str, peer: &Peer) -> Result<(Stream, Peer), Error> {
             }
         }
     }
-    Err(Error::Connect { host: host.to_owned(), cause: last.to_string() })
+    let refused = || Error::Connect { host: host.to_owned(), cause: last.to_string() };
+    Err(out_of_files(host, &last).unwrap_or_else(refused))
 }
 
 /// A dead peer is noticed: by keepalives while we wait, by a timer where we have sent.
@@ -205,6 +234,7 @@ pub struct Session {
     client: Client,
     cancel: CancelToken,
     connection: AbortOnDropHandle<()>,
+    ended: Ended,
     target: Target,
     host: String,
     peer: Peer,
@@ -220,7 +250,10 @@ impl Session {
     /// Sends one message of statements and waits for its whole answer, at most `limit`.
     pub async fn query(&self, step: Step, sql: &str, limit: Duration) -> Result<Vec<SimpleQueryMessage>, Error> {
         match timeout(limit, self.client.simple_query(sql)).await {
-            Ok(answer) => answer.map_err(|error| Error::statement(step, &error)),
+            Ok(answer) => answer.map_err(|error| match self.ended.get() {
+                Some(excess) => Error::Protocol { host: self.host.clone(), excess: *excess },
+                None => Error::statement(step, &error),
+            }),
             Err(_) => {
                 // Dropping the future does not stop the statement.
                 self.cancel().await;

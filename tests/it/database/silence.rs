@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use crate::fixtures::AuditTable;
+use crate::fixtures::{AuditTable, FakePostgres, Misbehaviour};
 
 /// Sweeps at this address, which answers nothing that would help; how long that took and why it ended.
 async fn end_of(log: &AuditTable, address: SocketAddr, spec: serde_json::Value) -> (Duration, Reason, String) {
@@ -29,6 +29,34 @@ async fn a_port_that_accepts_and_never_answers() {
     let (took, reason, text) = end_of(&log, listener.local_addr().unwrap(), json!({})).await;
     assert_eq!(reason, Reason::LoginTimeout, "{text}");
     assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+#[tokio::test]
+async fn a_server_that_lets_log_in_and_answers_no_statement() {
+    let log = AuditTable::new().await;
+    let server = FakePostgres::new(Misbehaviour::SilentAfterLogin).await;
+    let (took, reason, text) = end_of(&log, server.address, json!({})).await;
+    assert_eq!(reason, Reason::ResponseTimeout, "{text}");
+    // Within the limit for connecting: nothing that others wait for is held meanwhile.
+    assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+#[tokio::test]
+async fn a_server_that_sends_more_than_any_answer_holds() {
+    let log = AuditTable::new().await;
+    for (misbehaviour, says) in [
+        (Misbehaviour::HugeMessage, "sent a message of 1000000000 bytes"),
+        (Misbehaviour::EndlessParameters, "sent more than 65536 bytes during the login"),
+        (Misbehaviour::EndlessRows, "sent more than 2097152 bytes in one answer"),
+        (Misbehaviour::Http, "sent a message of 1414811695 bytes"),
+    ] {
+        let server = FakePostgres::new(misbehaviour).await;
+        let (_, reason, text) = end_of(&log, server.address, json!({})).await;
+        assert_eq!(reason, Reason::ProtocolError, "{misbehaviour:?}: {text}");
+        assert!(text.contains(says), "{misbehaviour:?}: {text}");
+        // What was not read is in the buffers of the sockets.
+        assert!(server.sent() < 16 << 20, "{misbehaviour:?}: {} bytes", server.sent());
+    }
 }
 
 #[tokio::test]
