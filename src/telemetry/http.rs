@@ -1,15 +1,22 @@
 //! Serves `/healthz` (the process serves), `/readyz` (it is able to work, or what it waits for) and `/metrics`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use axum::Router;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::routing::get;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
 use socket2::{Domain, Socket, Type};
 use tokio::net::TcpListener;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::warn;
 
 use super::metrics::Metrics;
 
@@ -19,6 +26,15 @@ pub struct Readiness(Arc<Mutex<BTreeMap<String, String>>>);
 
 /// So many connections may wait to be accepted.
 const BACKLOG: i32 = 128;
+
+/// So many connections may be open: kubelet, Prometheus and some people need far fewer.
+const MOST_CONNECTIONS: usize = 64;
+
+/// The longest that a connection lasts, from its first byte to its last.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The pause after a connection could not be taken, as when there are no descriptors left.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// The part that waits until all others have said what they wait for.
 const START: &str = "start";
@@ -76,16 +92,46 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Serves until `stop`.
+/// Serves until `stop`. A connection is for one request and ends with [`TIMEOUT`]; when too many are open, the oldest
+/// ends, so that slow clients keep no probe out and no descriptor from a sweep.
 ///
 /// # Errors
-/// When the listener fails.
+/// None: the signature is that of a long-lived task.
 pub async fn serve(
     listener: TcpListener,
     readiness: Readiness,
     metrics: Arc<Metrics>,
     stop: CancellationToken,
 ) -> std::io::Result<()> {
+    let service = TowerToHyperService::new(routes(readiness, metrics));
+    let mut server = Builder::new(TokioExecutor::new());
+    server.http1().timer(TokioTimer::new()).header_read_timeout(TIMEOUT).keep_alive(false);
+    let mut connections: VecDeque<AbortOnDropHandle<()>> = VecDeque::new();
+    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+        connections.retain(|connection| !connection.is_finished());
+        match accepted {
+            Ok((stream, _)) => {
+                if connections.len() >= MOST_CONNECTIONS {
+                    drop(connections.pop_front());
+                }
+                let (server, service) = (server.clone(), service.clone());
+                let answer = async move {
+                    // A client that went away, or was too slow, concerns nobody.
+                    drop(timeout(TIMEOUT, server.serve_connection(TokioIo::new(stream), service)).await);
+                };
+                connections.push_back(AbortOnDropHandle::new(tokio::spawn(answer)));
+            }
+            Err(error) => {
+                warn!(error = error.to_string(), "cannot take a connection to the health port");
+                drop(connections.pop_front());
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn routes(readiness: Readiness, metrics: Arc<Metrics>) -> Router {
     let ready = move || async move {
         let waiting_for = readiness.waiting_for();
         if waiting_for.is_empty() {
@@ -98,15 +144,15 @@ pub async fn serve(
         let (type_, body) = metrics.answer(accept).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
         Ok::<_, StatusCode>(([(header::CONTENT_TYPE, type_)], body))
     };
-    let routes = Router::new()
+    Router::new()
         .route("/healthz", get(|| async { "serving\n" }))
         .route("/readyz", get(ready))
-        .route("/metrics", get(exposition));
-    axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await
+        .route("/metrics", get(exposition))
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 
     use super::*;
@@ -120,6 +166,34 @@ mod tests {
             TcpStream::connect(("::1", port)).await.unwrap();
         }
         assert!(listen(listener.local_addr().unwrap()).is_err(), "taken");
+    }
+
+    #[tokio::test]
+    async fn slow_clients_keep_no_probe_out_and_few_descriptors() {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let server = tokio::spawn(serve(listener, Readiness::default(), Arc::default(), stop.clone()));
+        let mut slow = vec![];
+        for _ in 0..3 * MOST_CONNECTIONS {
+            let mut client = TcpStream::connect(address).await.unwrap();
+            client.write_all(b"GET /healthz HTTP/1.1\r\nhost: ").await.unwrap();
+            slow.push(client);
+        }
+        let mut probe = TcpStream::connect(address).await.unwrap();
+        probe.write_all(b"GET /healthz HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        timeout(Duration::from_secs(1), probe.read_to_string(&mut answer)).await.unwrap().unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("serving\n"), "{answer}");
+        // The oldest were ended, all but the newest.
+        let mut open = 0;
+        for client in &mut slow {
+            let ended = timeout(Duration::from_millis(10), client.read_u8()).await;
+            open += usize::from(ended.is_err());
+        }
+        assert_eq!(open, MOST_CONNECTIONS - 1, "the probe took the place of one more");
+        stop.cancel();
+        server.await.unwrap().unwrap();
     }
 
     #[test]
