@@ -1,26 +1,39 @@
 //! First step: fetches the object as it is now, and the Secrets it names. Needs a client; decides nothing.
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::ListParams;
-use kube::{Api, Resource, ResourceExt};
+use kube::{Api, Resource};
 
 use super::Context;
 use super::client::{ApiError, ApiServer, text};
 use super::model::ParsedObject;
-use crate::api::{Failure, Reason, Sweeper};
+use crate::api::request::{MAX_REQUEST, REQUESTED_AT};
+use crate::api::{Failure, Reason, Sweeper, cut};
 use crate::credentials::{self, Credentials, CredentialsError};
 use crate::database::Target;
 use crate::telemetry::metrics::Operation;
 
-/// Leaves out what nobody here reads, and what is most of an object in memory: who wrote which field, and the object as
-/// somebody applied it.
+/// Keeps of the metadata what is read here. The rest belongs to others, and may be most of an object in memory.
 pub fn strip_unused_fields(object: &mut ParsedObject) {
-    object.managed_fields_mut().clear();
-    object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
+    let ObjectMeta { name, namespace, uid, resource_version, generation, deletion_timestamp, annotations, .. } =
+        mem::take(object.meta_mut());
+    let request = annotations.and_then(|mut all| all.remove_entry(REQUESTED_AT));
+    let annotations = request.map(|(key, value)| BTreeMap::from([(key, cut(&value, MAX_REQUEST).to_owned())]));
+    *object.meta_mut() = ObjectMeta {
+        name,
+        namespace,
+        uid,
+        resource_version,
+        generation,
+        deletion_timestamp,
+        annotations,
+        ..ObjectMeta::default()
+    };
 }
 
 /// The object as it is now, since the watch may lag behind; None: it is gone.

@@ -22,6 +22,9 @@ use crate::telemetry::metrics::Operation;
 /// How soon, and after a while how rarely, a watch that failed is tried again: a CRD may come at any time.
 const RETRY: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(5));
 
+/// So many objects are listed at once. Each may bring 256 kB of other people's annotations, which nothing here keeps.
+const PAGE: u32 = 50;
+
 /// How often a watch that failed is looked after.
 const PROBE: Duration = Duration::from_secs(1);
 
@@ -39,7 +42,7 @@ impl Scope {
     /// What the settings ask for: one for each namespace, or one for all.
     pub fn all(client: &Client, settings: &Settings) -> Vec<Self> {
         let scope = |name: String, objects: Objects| {
-            let mut config = watcher::Config::default();
+            let mut config = watcher::Config::default().page_size(PAGE);
             config.label_selector.clone_from(&settings.selector);
             let (store, writer) = reflector::store();
             let seen =
