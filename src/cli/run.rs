@@ -62,6 +62,9 @@ pub struct Run {
     /// What the replica is called in the lease
     #[arg(long, env = "POD_NAME", hide = true)]
     pod_name: Option<String>,
+    /// What tells the pod from a later one of its name: its containers take the lease over from each other at once
+    #[arg(long, env = "POD_UID", hide = true)]
+    pod_uid: Option<String>,
     /// How log lines look
     #[arg(long, value_enum, default_value = "json")]
     log_format: LogFormat,
@@ -92,12 +95,15 @@ impl Run {
         let namespace = self.lease_namespace.clone().filter(|namespace| !namespace.is_empty());
         let namespace = namespace.or_else(|| self.namespaces.first().cloned());
         let pod = self.pod_name.clone().or_else(|| std::env::var("HOSTNAME").ok()).filter(|name| !name.is_empty());
-        let pod = pod.unwrap_or_else(|| "audit-log-sweeper".into());
+        let name = pod.unwrap_or_else(|| "audit-log-sweeper".into());
+        let pod = self.pod_uid.as_deref().filter(|uid| !uid.is_empty()).map(|uid| format!("{name}_{uid}_"));
+        let prefix = pod.clone().unwrap_or_else(|| format!("{name}_"));
         LeaseSettings {
             namespace: namespace.unwrap_or_else(|| client.default_namespace().to_owned()),
             name: self.lease_name.clone().unwrap_or_else(|| lease_name(&self.namespaces, self.selector.as_deref())),
             // A pod that was restarted has its old name, and is not who it was.
-            identity: format!("{pod}_{:016x}", fastrand::u64(..)),
+            identity: format!("{prefix}{:016x}", fastrand::u64(..)),
+            pod,
             duration: self.lease_duration,
         }
     }

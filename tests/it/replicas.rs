@@ -67,6 +67,26 @@ fn assert_one_led_at_a_time(logs: &[String]) {
 }
 
 #[tokio::test]
+async fn a_restarted_container_takes_over_from_its_dead_predecessor_at_once() {
+    let operator = Operator::absent().await;
+    let (config, leases) = (operator.kubeconfig(None).await, leases(&operator));
+    let long = "--lease-duration=10m";
+    let first = start(&operator, "pod", &config, &["--pod-uid=u", long]);
+    until_held_by(&leases, "pod").await;
+    first.kill9().unwrap();
+    let before = leases.get(RELEASE.1).await.unwrap().spec.unwrap().holder_identity;
+    let again = start(&operator, "pod", &config, &["--pod-uid=u", long]);
+    eventually("the lease to change hands", WAIT_TIMEOUT, async || {
+        let now = leases.get(RELEASE.1).await.unwrap().spec.unwrap().holder_identity;
+        if now == before { Err(format!("{now:?}\n{}", again.log_tail(20))) } else { Ok(()) }
+    })
+    .await;
+    // Another pod of that name is another.
+    let other = start(&operator, "pod", &config, &["--pod-uid=v", long]);
+    until_says(&other, "\"leads\":false").await;
+}
+
+#[tokio::test]
 async fn of_two_replicas_one_sweeps_and_both_are_ready() {
     let (log, operator) = (AuditTable::new().await, Operator::absent().await);
     let config = operator.kubeconfig(None).await;

@@ -52,7 +52,8 @@ impl Candidate {
         let Some((record, since)) = &self.observed else { return false };
         let seconds = record.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
         let duration = seconds.map_or(self.settings.duration, Duration::from_secs).min(LONGEST);
-        self.holder().is_some_and(|holder| holder != self.settings.identity) && now < *since + duration
+        let another = |holder: &str| holder != self.settings.identity && !self.settings.is_predecessor(holder);
+        self.holder().is_some_and(another) && now < *since + duration
     }
 
     /// What to do about the Lease as it is; None: there is none. `wall` is what people read in the record.
@@ -108,6 +109,7 @@ mod tests {
             namespace: "ns".into(),
             name: "app".into(),
             identity: identity.into(),
+            pod: None,
             duration: Duration::from_secs(15),
         };
         Candidate::new(settings)
@@ -173,6 +175,22 @@ mod tests {
         assert_eq!(b.next_move(Some(&lease), start, wall(1)), Move::Wait);
         let released = a.released(&lease, wall(2));
         assert!(matches!(b.next_move(Some(&released), start, wall(3)), Move::Write(_)));
+    }
+
+    #[test]
+    fn a_restarted_container_does_not_wait_for_its_own_predecessor() {
+        let mut us = candidate("pod_uid_2");
+        let held = |holder: &str| LeaseSpec { holder_identity: Some(holder.into()), ..LeaseSpec::default() };
+        for (pod, holder, waits) in [
+            (Some("pod_uid_"), "pod_uid_1", false),
+            (Some("pod_uid_"), "pod_other_1", true),
+            (Some("pod_uid_"), "other_uid_1", true),
+            (None, "pod_uid_1", true),
+        ] {
+            us.settings.pod = pod.map(str::to_owned);
+            us.observe(&held(holder), Instant::now());
+            assert_eq!(us.is_held_by_another(Instant::now()), waits, "{pod:?} {holder}");
+        }
     }
 
     #[test]

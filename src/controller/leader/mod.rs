@@ -42,11 +42,18 @@ pub struct LeaseSettings {
     pub name: String,
     /// What nobody else calls itself.
     pub identity: String,
+    /// What the identities of this pod's containers begin with, if it is in a pod.
+    pub pod: Option<String>,
     /// How long others wait after the last renewal they saw. Whole seconds, at least one.
     pub duration: Duration,
 }
 
 impl LeaseSettings {
+    /// Whether the holder was this container before it was restarted: the kubelet starts it only once that is dead.
+    fn is_predecessor(&self, holder: &str) -> bool {
+        self.pod.as_deref().is_some_and(|pod| holder.starts_with(pod))
+    }
+
     /// After so long without a renewal the holder gives up: 10 s of 15.
     fn renew_deadline(&self) -> Duration {
         self.duration * 2 / 3
