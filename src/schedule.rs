@@ -13,6 +13,9 @@ const FIRST_RETRY: TimeDelta = TimeDelta::seconds(10);
 /// No retry comes later than this.
 const LAST_RETRY: TimeDelta = TimeDelta::minutes(15);
 
+/// After a failure that was waited for in vain a retry may come later than the next slot, up to this.
+pub const SILENCE_RETRY: TimeDelta = TimeDelta::minutes(5);
+
 /// No retry comes later than this while something is missing that others may bring within seconds.
 const MISSING_RETRY: TimeDelta = TimeDelta::seconds(60);
 
@@ -71,8 +74,8 @@ impl Grid {
         self.next(last.map_or(now, |last| (last + self.half()).max(now)))
     }
 
-    /// When to retry after failure number `failures` (from 1) of an attempt that ended at `end`: never later than the
-    /// `next` slot.
+    /// When to retry after failure number `failures` (from 1) of an attempt that ended at `end`: never later than `next`,
+    /// mostly the next slot.
     pub fn retry(&self, failures: i32, missing: bool, end: DateTime<Utc>, next: DateTime<Utc>) -> DateTime<Utc> {
         let doublings = u32::try_from(failures.saturating_sub(1)).unwrap_or_default().min(16);
         let longest = if missing { MISSING_RETRY } else { LAST_RETRY };

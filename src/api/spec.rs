@@ -142,8 +142,8 @@ pub struct AuditLogSweeperSpec {
     #[x_kube(validation = between("100ms", "1h"))]
     pub statement_timeout: Duration,
 
-    /// The longest that a whole sweep may take: from 1s to 24h. What it has done by then stays done, and the next sweep
-    /// goes on.
+    /// The longest that a whole sweep may take: from 1s to 24h, and no longer than the operator's `--max-deadline` (1h).
+    /// What it has done by then stays done, and the next sweep goes on.
     #[serde(default = "default_deadline")]
     #[x_kube(validation = between("1s", "24h"))]
     pub deadline: Duration,

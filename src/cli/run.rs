@@ -35,12 +35,15 @@ pub struct Run {
     /// Where to serve /healthz, /readyz and /metrics; [::] is all addresses, of IPv4 too
     #[arg(long, default_value = "[::]:8080")]
     health_address: SocketAddr,
-    /// The most sweeps at once, and as many checks after an edit
-    #[arg(long, default_value = "10", value_parser = clap::value_parser!(u16).range(1..))]
+    /// The most sweeps at once, and as many checks after an edit. One namespace gets at most half of what the others leave
+    #[arg(long, default_value = "20", value_parser = clap::value_parser!(u16).range(1..))]
     max_concurrent_sweeps: u16,
-    /// The most sweeps at once on one database server, and as many checks after an edit
-    #[arg(long, default_value = "3", value_parser = clap::value_parser!(u16).range(1..))]
+    /// The most sweeps at once on one database server, shared in the same way
+    #[arg(long, default_value = "5", value_parser = clap::value_parser!(u16).range(1..))]
     max_sweeps_per_server: u16,
+    /// The longest that one sweep may take: a longer spec.deadline or spec.statementTimeout counts as this
+    #[arg(long, default_value = "1h", value_parser = max_deadline)]
+    max_deadline: Duration,
     /// Show series of each object in /metrics. Without, only those of the process
     #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true",
         require_equals = true)]
@@ -71,6 +74,13 @@ pub struct Run {
     /// The least severe log lines that are written
     #[arg(long, value_enum, default_value = "info")]
     log_level: LogLevel,
+}
+
+/// A deadline has the bounds that it has in a spec.
+fn max_deadline(text: &str) -> Result<Duration, String> {
+    let duration = text.parse::<api::Duration>().map_err(|error| error.to_string())?.as_std();
+    let fits = duration >= Duration::from_secs(1) && duration <= Duration::from_hours(24);
+    if fits { Ok(duration) } else { Err("must be from 1s to 24h".into()) }
 }
 
 /// A Lease counts in whole seconds.
@@ -151,6 +161,7 @@ async fn operate(args: Run) -> anyhow::Result<()> {
         selector: args.selector,
         max_concurrent_sweeps: args.max_concurrent_sweeps.into(),
         max_sweeps_per_server: args.max_sweeps_per_server.into(),
+        max_deadline: args.max_deadline,
         object_metrics: args.object_metrics,
         instance: args.pod_name.clone().filter(|name| !name.is_empty()),
         default_roots,

@@ -3,9 +3,10 @@
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::model::DueSweep;
-use crate::api::Sweeper;
 use crate::api::condition::{self, ConditionType};
 use crate::api::status::{LastSweep, Outcome, Trigger, whole_seconds};
+use crate::api::{Reason, Sweeper};
+use crate::schedule::SILENCE_RETRY;
 
 /// What is to be done now.
 #[derive(Clone, Debug, PartialEq)]
@@ -95,9 +96,14 @@ fn due_now(now: DateTime<Utc>, sweeper: &Sweeper, due: DateTime<Utc>) -> Decisio
     sweep(now, sweeper, due)
 }
 
-/// Whether a time can be one of the object's next slots: none is further away than one period and a half.
+/// Whether a time can be one of the object's next slots: none is further away than one period and a half, but for the
+/// retry of a server that did not answer.
 fn is_possible_slot(time: DateTime<Utc>, now: DateTime<Utc>, sweeper: &Sweeper) -> bool {
-    time - now <= TimeDelta::milliseconds(sweeper.spec.period.as_millis()) * 3 / 2
+    let slot = TimeDelta::milliseconds(sweeper.spec.period.as_millis()) * 3 / 2;
+    let status = &sweeper.status;
+    let error = status.last_error.as_ref().filter(|_| status.consecutive_failures > 0);
+    let silent = error.is_some_and(|error| Reason::parse(&error.reason).is_some_and(Reason::is_silence));
+    time - now <= if silent { slot.max(SILENCE_RETRY) } else { slot }
 }
 
 /// Whether a later attempt continues this one: it failed, or was stopped with the operator.
@@ -150,7 +156,7 @@ mod tests {
 
     use super::*;
     use crate::api::status::AuditLogSweeperStatus;
-    use crate::api::{Class, Failure, Reason};
+    use crate::api::{Class, Failure};
     use crate::controller::model::{AttemptResult, Done, SweepAttempt};
     use crate::preflight::PreflightReport;
     use crate::sweep::Report;
@@ -281,6 +287,29 @@ mod tests {
         let last = status.last_sweep.unwrap();
         assert_eq!((last.timed_out, last.attempts, last.batches), (10, 2, 1));
         assert_eq!(status.totals.unwrap().timed_out, 10);
+    }
+
+    #[test]
+    fn a_server_that_does_not_answer_is_asked_more_and_more_rarely_whatever_the_period() {
+        let sweeper = sweeper(1, json!({ "period": "5s" }));
+        let waits = |reason| {
+            let (mut status, mut now) = (swept_once(&sweeper), at(60));
+            let waits = (0..8).map(|_| {
+                let decision = decide(now, &sweeper, &status, None);
+                assert!(matches!(decision, Decision::Sweep(_)), "{decision:?}");
+                let report = Report::new(Err(Failure::new(reason, "gone")));
+                status = act(decision, &sweeper, &status, now, 0, report);
+                let Decision::Wait(Some(next)) = decide(now, &sweeper, &status, None) else { panic!("{status:?}") };
+                let wait = (next - now).num_seconds();
+                now = next;
+                wait
+            });
+            waits.collect::<Vec<_>>()
+        };
+        for (wait, about) in waits(Reason::LoginTimeout).iter().zip([10, 20, 40, 80, 160, 300, 300, 300]) {
+            assert!((about * 9 / 10 - 1..=about * 11 / 10).contains(wait), "{wait} for {about}");
+        }
+        assert!(waits(Reason::DatabaseUnreachable).iter().all(|wait| *wait <= 5), "who refuses has answered");
     }
 
     #[test]

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
-use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit};
+use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -12,6 +13,7 @@ use tracing::{info, warn};
 use super::cache::{Kind, PreflightInputs, Queue};
 use super::client::ApiError;
 use super::decide::Decision;
+use super::fair_slots::Slot;
 use super::lifecycle::{catch_panic, run_while_owned};
 use super::limits::Limiter;
 use super::log::log;
@@ -25,29 +27,32 @@ use crate::database::Target;
 use crate::preflight::{self, PreflightReport};
 use crate::sweep::report::Ended;
 use crate::sweep::statement::Cursor;
-use crate::sweep::{self, Job, Plan, Report};
+use crate::sweep::{self, Connected, Job, Plan, Report};
 
 /// What work on an object needs.
 pub struct Permits<'a> {
     /// To read it and its Secrets. Waiting objects hold only their key, so 10,000 due objects stay small.
     prepare: SemaphorePermit<'a>,
     /// Of the server that it queued for. Never of both kinds: holding one while waiting for the other could deadlock.
-    server: Option<OwnedSemaphorePermit>,
+    server: Option<Slot>,
 }
 
 /// What a preflight or a sweep needs.
 struct Prepared {
     plan: Plan,
     target: Target,
+    /// The key of its database server.
+    server: String,
     /// The resourceVersions of the Secrets that it was made of.
     secrets: Vec<String>,
 }
 
 /// Waits for the permits of an object. It queues for its database server only after no permit was free there.
-pub async fn acquire_permits<'a>(uid: &str, context: &'a Context) -> Option<Permits<'a>> {
+pub async fn acquire_permits<'a>(object: &ObjectMeta, uid: &str, context: &'a Context) -> Option<Permits<'a>> {
     let queue = context.cache.change(uid, |entry| entry.queue.take());
+    let namespace = object.namespace.as_deref().unwrap_or_default();
     let server = match queue {
-        Some(Queue { server, kind }) => limiter(kind, context).acquire_server(&server).await,
+        Some(Queue { server, kind }) => Some(limiter(kind, context).acquire_server(&server, namespace).await),
         None => None,
     };
     Some(Permits { prepare: context.prepare_slots.acquire().await.ok()?, server })
@@ -81,35 +86,40 @@ pub async fn execute(
             warn!(namespace, name, "a time in the status is one that no sweep can have; computing the schedule anew");
             Ok(Some(Done::Repaired))
         }
-        Decision::Preflight => {
-            let prepared = prepare(Kind::Preflight, sweeper, permits, context);
-            let Some((prepared, permit)) = term.run_until_cancelled(prepared).await.flatten() else { return Ok(None) };
-            let stop = term.child_token();
-            let work = Box::pin(stop.run_until_cancelled(preflight(sweeper, prepared, context)));
-            let result = run_while_owned(&context.stores, &sweeper.metadata, &stop, work).await;
-            drop(permit);
-            Ok(result.map(Done::Preflight))
-        }
-        Decision::Sweep(slot) => {
-            let began = Instant::now();
-            let prepared = prepare(Kind::Sweep, sweeper, permits, context);
-            let Some((prepared, permit)) = term.run_until_cancelled(prepared).await.flatten() else { return Ok(None) };
-            let stop = term.child_token();
-            let work = Box::pin(sweep(slot, sweeper, prepared, began, context, &stop));
-            let attempt = run_while_owned(&context.stores, &sweeper.metadata, &stop, work).await;
-            drop(permit);
-            Ok(attempt?.map(Done::Sweep))
-        }
+        Decision::Preflight => attempt(None, sweeper, permits, context, term).await,
+        Decision::Sweep(slot) => attempt(Some(slot), sweeper, permits, context, term).await,
     }
 }
 
-/// Reads the Secrets and finds the database server. Returns None if no permit of it is free; the next reconcile queues.
+/// Makes an attempt at a sweep, or without a slot a preflight. Cancelled if this install no longer owns the object.
+async fn attempt(
+    slot: Option<DueSweep>,
+    sweeper: &Sweeper,
+    permits: Permits<'_>,
+    context: &Context,
+    term: &CancellationToken,
+) -> Result<Option<Done>, ApiError> {
+    let began = Instant::now();
+    let kind = if slot.is_some() { Kind::Sweep } else { Kind::Preflight };
+    let prepared = term.run_until_cancelled(prepare(kind, sweeper, permits, context)).await.flatten();
+    let Some((prepared, _server_slot)) = prepared else { return Ok(None) };
+    let stop = term.child_token();
+    let work = async {
+        let Some(slot) = slot else {
+            return Ok(stop.run_until_cancelled(preflight(sweeper, prepared, context)).await.map(Done::Preflight));
+        };
+        Ok(sweep(slot, sweeper, prepared, began, context, &stop).await?.map(Done::Sweep))
+    };
+    run_while_owned(&context.stores, &sweeper.metadata, &stop, Box::pin(work)).await
+}
+
+/// Reads the Secrets and finds the database server. Returns None if no slot of it is free; the next reconcile queues.
 async fn prepare(
     kind: Kind,
     sweeper: &Sweeper,
-    Permits { prepare, server: mut permit }: Permits<'_>,
+    Permits { prepare, server: mut slot }: Permits<'_>,
     context: &Context,
-) -> Option<(Result<Prepared, Failure>, Option<OwnedSemaphorePermit>)> {
+) -> Option<(Result<Prepared, Failure>, Option<Slot>)> {
     let found = fetch::target(&context.server, sweeper, &context.settings.default_roots).await;
     drop(prepare);
     let (target, secrets) = match found {
@@ -117,11 +127,28 @@ async fn prepare(
         Err(failure) => return Some((Err(failure), None)),
     };
     let server = target.servers();
-    if !limiter(kind, context).try_acquire_server(&server, &mut permit) {
+    if !limiter(kind, context).try_acquire_server(&server, sweeper.namespace(), &mut slot) {
         context.cache.change(sweeper.uid(), |entry| entry.queue = Some(Queue { server, kind }));
         return None;
     }
-    Some((Ok(Prepared { plan: Plan::new(&sweeper.spec), target, secrets }), permit))
+    let plan = Plan::new(&sweeper.spec).capped(context.settings.max_deadline);
+    Some((Ok(Prepared { plan, target, server, secrets }), slot))
+}
+
+/// Connects, unless the server did not answer lately. `urgent`: a person waits for it. The slot is for the connection.
+async fn connect(
+    Prepared { plan, target, server, .. }: &Prepared,
+    namespace: &str,
+    urgent: bool,
+    context: &Context,
+) -> Result<(Connected, Slot), Failure> {
+    context.breakers.admit(server, urgent, Instant::now())?;
+    let slot = context.connections.acquire(namespace).await.slot;
+    let connected = catch_panic(Connected::open(plan, target)).await.flatten();
+    if let Err(failure) = &connected {
+        context.breakers.record(server, Some(failure), Instant::now());
+    }
+    Ok((connected?, slot))
 }
 
 async fn preflight(
@@ -130,14 +157,24 @@ async fn preflight(
     context: &Context,
 ) -> Result<PreflightReport, Failure> {
     let prepared = prepared?;
-    catch_panic(check(sweeper, &prepared, context)).await.flatten()
+    // It answers to an edit, or to a failure that somebody may have mended.
+    let (connected, _slot) = connect(&prepared, sweeper.namespace(), true, context).await?;
+    let _turn = context.preflight_limiter.acquire_global(sweeper.namespace()).await;
+    let checked = check(sweeper, &prepared, &connected, context).await;
+    context.breakers.record(&prepared.server, checked.as_ref().err(), Instant::now());
+    connected.close().await;
+    checked
 }
 
 /// Runs a full preflight, and caches what it was about. A blocking finding is a failure.
-async fn check(sweeper: &Sweeper, prepared: &Prepared, context: &Context) -> Result<PreflightReport, Failure> {
-    let Prepared { plan, target, secrets } = prepared;
-    let turn = context.preflight_limiter.acquire_global();
-    let checked = preflight::check_with_permit(plan, target, turn).await.map_err(|error| Failure::from(&error))?;
+async fn check(
+    sweeper: &Sweeper,
+    Prepared { plan, secrets, .. }: &Prepared,
+    connected: &Connected,
+    context: &Context,
+) -> Result<PreflightReport, Failure> {
+    let checking = catch_panic(preflight::look(&connected.session, plan)).await?;
+    let checked = checking.map_err(|error| Failure::from(&error))?;
     if let Some(finding) = checked.blocking() {
         return Err(Failure::from(finding));
     }
@@ -159,7 +196,7 @@ async fn sweep(
     let report = Report::new(Ok(Ended::Stopped));
     let mut attempt = Box::new(SweepAttempt { slot, start: Utc::now(), checked: None, report });
     let made = match prepared {
-        Ok(prepared) => run(&mut attempt, sweeper, prepared, context, stop).await?,
+        Ok(prepared) => run(&mut attempt, sweeper, &prepared, context, stop).await?,
         Err(failure) => Some(Err(failure)),
     };
     match made {
@@ -176,27 +213,19 @@ async fn sweep(
 async fn run(
     attempt: &mut SweepAttempt,
     sweeper: &Sweeper,
-    prepared: Prepared,
+    prepared: &Prepared,
     context: &Context,
     stop: &CancellationToken,
 ) -> Result<Option<Result<(), Failure>>, ApiError> {
-    if needs_preflight(sweeper, &prepared, attempt.start, context) {
-        let checking = catch_panic(check(sweeper, &prepared, context));
-        let Some(checked) = stop.run_until_cancelled(checking).await else { return Ok(None) };
-        match checked.flatten() {
-            Ok(checked) => attempt.checked = Some(checked),
-            Err(failure) => return Ok(Some(Err(failure))),
-        }
-    }
-    let job = job(sweeper, &attempt.slot, prepared, context);
-    let Some(connected) = stop.run_until_cancelled(catch_panic(sweep::connect(&job))).await else { return Ok(None) };
-    let mut connected = match connected.flatten() {
-        Ok(connected) => connected,
-        Err(failure) => return Ok(Some(Err(failure))),
+    let namespace = sweeper.namespace();
+    let connecting = connect(prepared, namespace, attempt.slot.trigger == Trigger::Request, context);
+    let (mut connected, _slot) = match stop.run_until_cancelled(connecting).await {
+        Some(Ok(connected)) => connected,
+        Some(Err(failure)) => return Ok(Some(Err(failure))),
+        None => return Ok(None),
     };
     let queued = Instant::now();
-    let turn = stop.run_until_cancelled(context.sweep_limiter.acquire_global()).await.flatten();
-    let Some(turn) = turn else {
+    let Some(turn) = stop.run_until_cancelled(context.sweep_limiter.acquire_global(namespace)).await else {
         connected.close().await;
         return Ok(None);
     };
@@ -209,11 +238,38 @@ async fn run(
         connected.waited(waited);
         attempt.start += TimeDelta::from_std(waited).unwrap_or_default();
     }
+    let ended = check_and_sweep(attempt, sweeper, prepared, connected, context, stop).await;
+    if let Some(ended) = &ended {
+        let failure = ended.as_ref().err().or(attempt.report.end.as_ref().err());
+        context.breakers.record(&prepared.server, failure, Instant::now());
+    }
+    Ok(ended)
+}
+
+async fn check_and_sweep(
+    attempt: &mut SweepAttempt,
+    sweeper: &Sweeper,
+    prepared: &Prepared,
+    connected: Connected,
+    context: &Context,
+    stop: &CancellationToken,
+) -> Option<Result<(), Failure>> {
+    if needs_preflight(sweeper, prepared, attempt.start, context) {
+        let checked = stop.run_until_cancelled(check(sweeper, prepared, &connected, context)).await;
+        match checked {
+            Some(Ok(checked)) => attempt.checked = Some(checked),
+            unfit => {
+                connected.close().await;
+                return unfit.map(|unfit| unfit.map(drop));
+            }
+        }
+    }
     // Before the sweep starts, so that a failed status write cannot repeat the slot.
     let next = sweeper.grid().after(attempt.start, attempt.start);
     context.cache.change(sweeper.uid(), |entry| entry.not_before = Some(next));
+    let job = job(sweeper, &attempt.slot, prepared, context);
     // What was committed before a panic stays counted.
-    Ok(Some(catch_panic(sweep::run(connected, &job, stop, &mut attempt.report)).await))
+    Some(catch_panic(sweep::run(connected, &job, stop, &mut attempt.report)).await)
 }
 
 /// Whether a whole preflight goes before it.
@@ -223,13 +279,13 @@ fn needs_preflight(sweeper: &Sweeper, prepared: &Prepared, start: DateTime<Utc>,
     entry.needs_preflight(ready, sweeper.generation(), &prepared.secrets, start)
 }
 
-fn job(sweeper: &Sweeper, slot: &DueSweep, prepared: Prepared, context: &Context) -> Job {
-    let Prepared { plan, target, .. } = prepared;
+fn job(sweeper: &Sweeper, slot: &DueSweep, prepared: &Prepared, context: &Context) -> Job {
+    let Prepared { plan, target, server, .. } = prepared;
     // A retry has no yield budget, because earlier attempts used time of this slot.
     let yield_budget = if slot.continues.is_some() { Duration::ZERO } else { plan.yield_budget };
-    let peers = context.sweep_limiter.peers(&target.servers());
-    let plan = Plan { yield_budget, ..plan };
-    Job { limit: slot.limit, resume_after: resume_after(sweeper), peers, target, plan }
+    let peers = context.sweep_limiter.peers(server);
+    let plan = Plan { yield_budget, ..plan.clone() };
+    Job { limit: slot.limit, resume_after: resume_after(sweeper), peers, target: target.clone(), plan }
 }
 
 /// Returns the cursor kept in `status.unsweepable`: the next sweep resumes behind rows that the database refused.

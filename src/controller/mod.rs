@@ -8,10 +8,12 @@
 //! keep their `watch` warm, so that a takeover costs no list of all objects, and a replica that could not take over is not
 //! ready.
 
+mod breaker;
 pub mod cache;
 mod client;
 pub mod decide;
 mod execute;
+mod fair_slots;
 pub mod fetch;
 pub mod leader;
 mod lifecycle;
@@ -27,6 +29,7 @@ pub mod status;
 mod watch;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -40,13 +43,18 @@ use tokio_util::task::TaskTracker;
 
 use crate::telemetry::http::Readiness;
 use crate::telemetry::metrics::{self, Metrics, ObjectSeries, Snapshot};
+use breaker::Breakers;
 use cache::ObjectCache;
 use client::ApiServer;
+use fair_slots::FairSlots;
 use leader::Leadership;
 use limits::Limiter;
 use model::ParsedObject;
 use shutdown::ShutdownReport;
 use watch::Scope;
+
+/// The most connections to databases at once. Each takes a descriptor and up to 100 kB.
+const MAX_CONNECTIONS: usize = 256;
 
 /// What is set at start.
 #[derive(Clone, Debug)]
@@ -59,6 +67,8 @@ pub struct Settings {
     pub max_concurrent_sweeps: usize,
     /// The most sweeps at once on one database server, and the most preflights.
     pub max_sweeps_per_server: usize,
+    /// The longest that a sweep may take, whatever its spec says.
+    pub max_deadline: Duration,
     /// Whether each object has series in the metrics.
     pub object_metrics: bool,
     /// The name of this process in events: the pod's.
@@ -102,6 +112,10 @@ pub struct Context {
     sweep_limiter: Limiter,
     /// Preflights answer to an edit, so long sweeps do not keep them waiting.
     preflight_limiter: Limiter,
+    /// Of servers that did not answer.
+    breakers: Breakers,
+    /// Bounds how many connections to databases are open, those included on which nothing was answered yet.
+    connections: FairSlots,
     /// Bounds how many objects are prepared at once. Waiting objects hold only their key, so 10,000 due objects stay small.
     prepare_slots: Semaphore,
     recorder: Recorder,
@@ -168,6 +182,8 @@ pub async fn run(
         cache,
         sweep_limiter,
         preflight_limiter,
+        breakers: Breakers::default(),
+        connections: FairSlots::new(MAX_CONNECTIONS),
         prepare_slots: Semaphore::new(client::REQUEST_SLOTS),
         recorder,
         leadership,

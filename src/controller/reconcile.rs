@@ -80,7 +80,8 @@ async fn reconcile_if_due(watched: &ParsedObject, uid: &str, context: &Context) 
         }
         Triage::Due => {}
     }
-    let permits = term.run_until_cancelled(Box::pin(execute::acquire_permits(uid, context))).await.flatten();
+    let permits = Box::pin(execute::acquire_permits(watched.meta(), uid, context));
+    let permits = term.run_until_cancelled(permits).await.flatten();
     let Some(permits) = permits else { return Ok(Action::await_change()) };
     // Boxed here, so an object that waits for permits holds only a small future.
     Box::pin(pipeline(watched, permits, context, &term)).await

@@ -34,29 +34,25 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// # Errors
 /// When the database cannot be reached or stops answering: what is wrong with the table is no error but a finding.
 pub async fn check(plan: &Plan, target: &Target) -> Result<PreflightReport, Error> {
-    check_with_permit(plan, target, std::future::ready(())).await
-}
-
-/// The same, but once connected it waits for its turn, and keeps what that gives to the end.
-///
-/// # Errors
-/// As [`check`].
-pub async fn check_with_permit<T>(
-    plan: &Plan,
-    target: &Target,
-    turn: impl Future<Output = T>,
-) -> Result<PreflightReport, Error> {
     let session = target.connect(plan.deadline).await?;
-    let _turn = turn.await;
     let checked = look(&session, plan).await;
-    if checked.is_err() {
-        session.rollback().await;
-    }
     session.close().await;
     checked
 }
 
-async fn look(session: &Session, plan: &Plan) -> Result<PreflightReport, Error> {
+/// The same on an open connection, which a sweep may use afterwards.
+///
+/// # Errors
+/// When the database stops answering.
+pub async fn look(session: &Session, plan: &Plan) -> Result<PreflightReport, Error> {
+    let checked = ask_all(session, plan).await;
+    if checked.is_err() {
+        session.rollback().await;
+    }
+    checked
+}
+
+async fn ask_all(session: &Session, plan: &Plan) -> Result<PreflightReport, Error> {
     let mut checked = PreflightReport::default();
     let server: catalog::Server = ask(session, &catalog::server(timeout(plan))).await?;
     checked.server_version = Some(server.version.clone());

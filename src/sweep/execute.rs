@@ -65,16 +65,26 @@ impl Job {
     }
 }
 
-/// A sweep whose connection is open.
+/// An open connection, and when the attempt began.
 #[derive(Debug)]
 pub struct Connected {
-    session: Session,
-    /// When it began to connect, without time spent waiting for a permit.
+    pub session: Session,
+    /// When it began to connect, without time spent waiting for a slot.
     start: Instant,
 }
 
 impl Connected {
-    /// Excludes time spent waiting for a permit.
+    /// The first half of an attempt: connects.
+    ///
+    /// # Errors
+    /// Why an attempt came no further.
+    pub async fn open(plan: &Plan, target: &Target) -> Result<Self, Failure> {
+        let start = Instant::now();
+        let session = target.connect(plan.deadline).await.map_err(|error| Failure::from(&error))?;
+        Ok(Self { session, start })
+    }
+
+    /// Excludes time spent waiting for a slot.
     pub fn waited(&mut self, time: Duration) {
         self.start += time;
     }
@@ -88,7 +98,7 @@ impl Connected {
 /// Makes one attempt. The report holds the committed counts and how it ended.
 pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
     let start = Instant::now();
-    let end = match stop.run_until_cancelled(connect(job)).await {
+    let end = match stop.run_until_cancelled(Connected::open(&job.plan, &job.target)).await {
         Some(Ok(connected)) => {
             let mut report = Report::new(Ok(Ended::Stopped));
             run(connected, job, stop, &mut report).await;
@@ -98,16 +108,6 @@ pub async fn sweep(job: &Job, stop: &CancellationToken) -> Report {
         None => Ok(Ended::Stopped),
     };
     Report { duration: start.elapsed(), ..Report::new(end) }
-}
-
-/// The first half of an attempt: connects.
-///
-/// # Errors
-/// Why an attempt came no further.
-pub async fn connect(job: &Job) -> Result<Connected, Failure> {
-    let start = Instant::now();
-    let session = job.target.connect(job.plan.deadline).await.map_err(|error| Failure::from(&error))?;
-    Ok(Connected { session, start })
 }
 
 /// The second half: sweeps, and fills a new report, as [`sweep`] gives it.

@@ -14,6 +14,6 @@ pub mod report;
 pub mod statement;
 pub mod throttle;
 
-pub use execute::{Connected, Job, connect, run, sweep};
+pub use execute::{Connected, Job, run, sweep};
 pub use plan::Plan;
 pub use report::Report;

@@ -101,6 +101,15 @@ impl Plan {
         }
     }
 
+    /// The same, but no longer than the operator allows.
+    pub fn capped(self, max_deadline: Duration) -> Self {
+        Self {
+            deadline: self.deadline.min(max_deadline),
+            statement_timeout: self.statement_timeout.min(max_deadline),
+            ..self
+        }
+    }
+
     /// The most stale rows to count after a sweep.
     pub fn backlog_bound(&self) -> i64 {
         self.limit.min(MAX_BACKLOG)

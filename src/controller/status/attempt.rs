@@ -10,6 +10,7 @@ use crate::api::status::{
 };
 use crate::api::{Class, Failure, Reason, Sweeper};
 use crate::controller::model::SweepAttempt;
+use crate::schedule::SILENCE_RETRY;
 use crate::sweep::Report;
 use crate::sweep::execute::MAX_LISTED_KEYS;
 use crate::sweep::report::Ended;
@@ -190,7 +191,7 @@ fn unsweepable(report: &Report, before: Option<Unsweepable>) -> Option<Unsweepab
     (count > 0 || resume_after.is_some()).then_some(Unsweepable { count, ids, resume_after })
 }
 
-/// Lays a failure over the status: retried, at the latest at the `next` slot.
+/// Lays a failure over the status: retried, at the latest at the `next` slot if the server answered.
 pub(super) fn fail(
     status: &mut AuditLogSweeperStatus,
     sweeper: &Sweeper,
@@ -202,6 +203,7 @@ pub(super) fn fail(
     status.last_failure_time = Some(whole_seconds(now));
     status.last_error = Some(LastError::new(failure.reason, &failure.message, now));
     let missing = failure.class == Class::Missing;
+    let next = if failure.reason.is_silence() { next.max(now + SILENCE_RETRY) } else { next };
     let retry = sweeper.grid().retry(status.consecutive_failures, missing, now, next);
     status.next_schedule_time = Some(whole_seconds(retry).max(whole_seconds(now)));
     let failing_since = condition::find(&status.conditions, ConditionType::Ready)

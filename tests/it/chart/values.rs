@@ -52,7 +52,7 @@ const MODES: [(&[&str], &[&str]); 9] = [
         &[
             "crds.enabled=false",
             "watchNamespaces={NS}",
-            "caBundle.secretName=ca,caBundle.key=roots.pem,logLevel=trace,logFormat=text,maxConcurrentSweeps=3,maxSweepsPerServer=2",
+            "caBundle.secretName=ca,caBundle.key=roots.pem,logLevel=trace,logFormat=text,maxConcurrentSweeps=3,maxSweepsPerServer=2,maxDeadline=30m",
             "topologySpreadConstraints[0].maxSkew=1,topologySpreadConstraints[0].topologyKey=zone",
             "topologySpreadConstraints[0].whenUnsatisfiable=DoNotSchedule",
             "podSecurityContext.runAsUser=null,podSecurityContext.runAsGroup=null,resources.limits.cpu=1",
@@ -270,9 +270,15 @@ async fn values_reach_what_they_are_for() {
     assert!(pod["securityContext"].get("runAsUser").is_none(), "{pod}");
     let args = container(&objects)["args"].to_string();
     assert!(
-        ["--log-level=trace", "--log-format=text", "--max-concurrent-sweeps=3", "--max-sweeps-per-server=2"]
-            .iter()
-            .all(|arg| args.contains(arg))
+        [
+            "--log-level=trace",
+            "--log-format=text",
+            "--max-concurrent-sweeps=3",
+            "--max-sweeps-per-server=2",
+            "--max-deadline=30m"
+        ]
+        .iter()
+        .all(|arg| args.contains(arg))
     );
     assert!(!args.contains("--object-metrics"), "{args}");
 

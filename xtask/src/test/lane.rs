@@ -17,7 +17,7 @@ use support::{leaks, progress};
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Tests that measure how late things happen. They run after all others, one at a time.
-const ALONE: [&str; 2] = ["hundreds_are_on_time_beside", "on_time_beside_the_slow"];
+const ALONE: [&str; 1] = ["of_five_hundred_objects"];
 
 /// Tests at once for each core, of all lanes: most wait for a server most of the time.
 const PER_CORE: usize = 5;
