@@ -127,7 +127,7 @@ reasons! {
         NotSuspended: "`spec.suspend` is false", NOTHING;
         Connected: "the database answered", NOTHING;
         WithinBound: "sweeps keep up", NOTHING;
-        FallingBehind: "a stale row is older than timeout + 2 * period after a sweep", "raise `limit` or shorten `period`; see AuditLogSweeperBacklogNotBounded in docs/operating.md";
+        FallingBehind: "a stale row is older than timeout + 2 * period after a sweep", "raise `limit` or shorten `period`, unless the message says that rows are refused; see AuditLogSweeperBacklogNotBounded in docs/operating.md";
         NotObserved: "it was not looked at in the last attempt", "see why the attempt failed";
         Retrying: "the last attempt failed and is tried again", "see the reason of `Ready`";
     }
@@ -165,7 +165,7 @@ reasons! {
         StatementTimeout(Transient, Server): "a statement took longer than `statementTimeout`, or no batch was done within `deadline`", "check that the index that `audit-log-sweeper check` names exists and is valid, or lower `spec.batchSize`";
         TableLocked(Transient, Server): "somebody holds a lock on the table", "wait for the session that holds a lock on the table, most likely a schema change; find it in `pg_locks`";
         TransactionConflict(Transient, Server): "other transactions kept colliding", "nothing if it passes";
-        RowRefused(Transient, Server): "the database refuses row after row", "see AuditLogSweeperUnsweepableRows in docs/operating.md";
+        RowRefused(Transient, Server): "the database refuses to complete rows", "see AuditLogSweeperUnsweepableRows in docs/operating.md";
         DataCorrupted(Transient, Server): "the server reported damaged data or an internal error", "look at the server's log at once";
         DatabaseError(Transient, Server): "an answer that no rule covers", "see the SQLSTATE in the message";
     }

@@ -57,6 +57,8 @@ fn machine_report(job: &Job, report: &Report) -> Value {
         "batches": report.batches,
         "smallBatches": report.small_batches,
         "refused": report.refused,
+        "refusedIds": report.refused_ids,
+        "refusedWhy": report.refused_why,
         "skipped": report.skipped,
         "suppressed": report.suppressed,
         "uncertain": report.uncertain,
@@ -94,6 +96,12 @@ fn text_report(report: &Report) -> String {
         if count > 0 {
             lines.push((name, count.to_string()));
         }
+    }
+    if let Some(why) = &report.refused_why {
+        lines.push(("why", why.clone()));
+    }
+    if !report.refused_ids.is_empty() {
+        lines.push(("keys", report.refused_ids.join(", ")));
     }
     lines.iter().map(|(name, value)| format!("{name:<11}{value}\n")).collect()
 }

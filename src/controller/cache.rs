@@ -31,14 +31,14 @@ pub struct CacheEntry {
     pub counts: Counts,
 }
 
-/// A queue for permits of one database server.
+/// A queue for slots of one database server.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Queue {
     pub server: String,
     pub kind: Kind,
 }
 
-/// What permits are for.
+/// What slots are for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Kind {
     Preflight,

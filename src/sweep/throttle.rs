@@ -2,7 +2,7 @@
 //!
 //! A large batch delays concurrent commits, because both compete for CPU and WAL. While others write, batches are small and a
 //! pause precedes each. After the yield budget the size doubles repeatedly, and is full again within twice the budget. A sweep
-//! never yields while another sweep waits for a permit. Sweeps of this process are peers, and no other clients to each other.
+//! never yields while another sweep waits for a slot. Sweeps of this process are peers, and no other clients to each other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

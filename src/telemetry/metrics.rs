@@ -149,7 +149,7 @@ impl Default for Metrics {
             "The binary",
             Info::new([("version", env!("CARGO_PKG_VERSION")), ("revision", REVISION)]),
         );
-        let help = "How long attempts at sweeps took, without the wait for a permit";
+        let help = "How long attempts at sweeps took, without the wait for a slot";
         registry.register("sweep_duration_seconds", help, instruments.sweep_duration.clone());
         let help = "How long after their slot of the schedule sweeps began, retries left out";
         registry.register("schedule_lag_seconds", help, instruments.schedule_lag.clone());

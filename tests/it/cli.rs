@@ -53,9 +53,21 @@ async fn sweeps_once_from_a_file_with_its_secret_and_prints_json() {
     assert_eq!(
         report,
         json!({ "timedOut": 2, "limit": 2, "outcome": "LimitReached", "batches": 1, "error": null,
-                "smallBatches": 0, "refused": 0, "skipped": 0, "suppressed": 0, "uncertain": 0,
+                "smallBatches": 0, "refused": 0, "refusedIds": [], "refusedWhy": null, "skipped": 0, "suppressed": 0, "uncertain": 0,
                 "backlog": { "remaining": 1, "atLeast": false, "display": "1" } })
     );
+}
+
+#[tokio::test]
+async fn rows_that_are_refused_are_named_with_the_cause() {
+    let log = AuditTable::new().await;
+    log.start_many(3).await;
+    log.run("ALTER TABLE audit_log ADD CONSTRAINT no_twos CHECK (time_completed IS NULL OR id::text NOT LIKE '%2') NOT VALID").await;
+    let output = sweep(&(sweeper("") + &secret(&log.database.uri())), &[], &[]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("\nrefused    1\n") && said.contains("constraint no_twos"), "{said}");
+    assert!(said.contains(&format!("\nkeys       {}\n", crate::fixtures::id(2))), "{said}");
+    assert_eq!((output.status.code(), log.timed_out().await), (Some(0), vec![1, 3]));
 }
 
 #[tokio::test]

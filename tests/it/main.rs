@@ -5,6 +5,7 @@
 
 mod api_answers;
 mod api_faults;
+mod chaos;
 mod chart;
 mod cli;
 mod conditions;

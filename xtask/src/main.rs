@@ -3,8 +3,8 @@
 mod demo;
 mod e2e;
 mod generate;
-mod history;
 mod image;
+mod long;
 mod mutants;
 mod test;
 
@@ -78,6 +78,13 @@ enum Task {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// Run two replicas under every fault at once, and check every promise
+    Chaos {
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// Break the sweep, one promise at a time, and see that a test notices
     Mutants,
     /// Measure the product against what people would use instead
@@ -99,7 +106,8 @@ fn main() -> ExitCode {
             let kubernetes = kubernetes.as_deref();
             test::run(&test::Options { postgres: &postgres, pgbouncer, kubernetes, repeat, arguments: &arguments })
         }
-        Task::History { seconds, seed } => history::run(seconds, seed),
+        Task::History { seconds, seed } => long::history(seconds, seed),
+        Task::Chaos { seconds, seed } => long::chaos(seconds, seed),
         Task::Image { name, profile, check } => {
             image::run(name.as_deref(), &profile, check).map(|()| ExitCode::SUCCESS)
         }

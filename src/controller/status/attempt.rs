@@ -168,7 +168,7 @@ fn summary(report: &Report, sweep: &LastSweep, refused: i64) -> String {
     let refused = match (refused, &report.refused_why) {
         (0, _) => String::new(),
         (rows, None) => format!("; {rows} rows were refused, see status.unsweepable and status.lastError"),
-        (rows, Some(why)) => format!("; {rows} rows were refused, see status.unsweepable; one of them because {why}"),
+        (rows, Some(why)) => format!("; {rows} rows were refused, see status.unsweepable. The first: {why}"),
     };
     let ended = match sweep.outcome {
         Outcome::Observed => return format!("changed nothing, as spec.mode says{left}{refused}"),
