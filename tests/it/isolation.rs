@@ -44,22 +44,33 @@ async fn a_sweep_that_waits_for_its_server_heeds_an_edit() {
     assert_eq!((log.timed_out().await, log.trail().await.len()), ((1..=40).collect(), 1));
 }
 
-/// How many objects have a table of their own that is as it should be. They share a namespace with the broken and the silent.
-const HEALTHY: u32 = 318;
-/// How many cannot work, of each kind.
-const BROKEN: u32 = 5;
-/// How many have a server that accepts connections, half of them also logins, and then says nothing.
-const SILENT: u32 = 40;
-/// How many have a server that takes long for each row.
-const SLOW: u32 = 40;
-/// How many have a server that sends without end, or is none.
-const FLOODING: u32 = 40;
-/// How many reach one server by as many names, and sleep there for as long as they may.
-const ALIASES: u32 = 12;
+/// How many objects there are of each kind, for each hundred in all.
+#[derive(Clone, Copy)]
+struct Shares {
+    /// Their tables are as they should be. They share a namespace with the broken and the silent.
+    healthy: u32,
+    /// They cannot work, in ten ways.
+    broken: u32,
+    /// Their servers accept connections, half of them also logins, and then say nothing.
+    silent: u32,
+    /// Their servers take long for each row.
+    slow: u32,
+    /// Their servers send without end, or are none.
+    flooding: u32,
+    /// They reach one server by as many names, and sleep there for as long as they may.
+    aliases: u32,
+}
+
+const SHARES: Shares = Shares { healthy: 64, broken: 10, silent: 8, slow: 8, flooding: 8, aliases: 2 };
 
 /// How often each is swept, which is also how late a healthy one may be.
 const PERIOD: &str = "30s";
 const LATE: i64 = 30;
+
+/// How many objects there are, in hundreds: one in the test suite, more with `cargo xtask crowd`.
+fn hundreds() -> u32 {
+    std::env::var("CROWD_HUNDREDS").map_or(1, |value| value.parse().unwrap())
+}
 
 /// What is wrong with the others: the spec, and what the status says of it.
 fn broken() -> Vec<(&'static str, Value, &'static str)> {
@@ -79,8 +90,8 @@ fn broken() -> Vec<(&'static str, Value, &'static str)> {
     ]
 }
 
-/// A log with a table for each that works, with two stale rows and one fresh one, and one that is another's.
-async fn crowded() -> AuditTable {
+/// A log with a table for each of these that works, with two stale rows and one fresh one, and one that is another's.
+async fn crowded(healthy: u32) -> AuditTable {
     let log = AuditTable::new().await;
     log.run(&format!(
         "DO $$ BEGIN FOR n IN 1..{} LOOP \
@@ -89,7 +100,7 @@ async fn crowded() -> AuditTable {
              SELECT ('00000000-0000-0000-0000-' || lpad((%s * 10 + i)::text, 12, '0'))::uuid, now() - age::interval, \
                'r', '/v1', 'op', '::1', 'unauthenticated' FROM (VALUES (1, '5 h'), (2, '4 h'), (3, '1 m')) AS v (i, age)$i$, n, n); \
          END LOOP; END $$",
-        HEALTHY
+        healthy
     ))
     .await;
     let superuser = postgres::shared().connect(&log.database.name).await.unwrap();
@@ -99,6 +110,7 @@ async fn crowded() -> AuditTable {
 
 /// Healthy objects and broken ones in one namespace, with those whose servers are silent; the bad neighbours in others.
 struct Crowd {
+    shares: Shares,
     log: AuditTable,
     operator: Operator,
     /// Namespaces with slow servers, flooding servers, and one server under many names.
@@ -112,7 +124,11 @@ struct Crowd {
 
 impl Crowd {
     async fn new() -> Self {
-        let (log, slow) = (crowded().await, AuditTable::new().await);
+        let Shares { healthy, broken, silent, slow, flooding, aliases } = SHARES;
+        let [healthy, broken, silent, slow, flooding, aliases] =
+            [healthy, broken, silent, slow, flooding, aliases].map(|share| share * hundreds());
+        let shares = Shares { healthy, broken, silent, slow, flooding, aliases };
+        let (log, slow) = (crowded(healthy).await, AuditTable::new().await);
         slow.start_many(5000).await;
         slow.before_update(
             "PERFORM pg_sleep(CASE WHEN current_setting('application_name') LIKE '%/alias-%' THEN 86400 ELSE 0.2 END);",
@@ -120,7 +136,7 @@ impl Crowd {
         .await;
         let operator = Operator::absent().await;
         let tenants = [Operator::absent().await, Operator::absent().await, Operator::absent().await];
-        Self { log, operator, tenants, slow, _relays: vec![], _fakes: vec![], _deaf: vec![] }
+        Self { shares, log, operator, tenants, slow, _relays: vec![], _fakes: vec![], _deaf: vec![] }
     }
 
     /// Writes every Secret; a second time, every object has to be looked at anew.
@@ -132,7 +148,8 @@ impl Crowd {
         operator.secret("no-database", &[("uri", &format!("{uri}_absent"))]).await;
         operator.secret("no-port", &[("uri", &uri.replace(&format!(":{}/", mine.port), ":1/"))]).await;
         let [slow, flooding, aliases] = &self.tenants;
-        for number in 0..SILENT {
+        let Shares { silent, slow: many_slow, flooding: many_flooding, aliases: many_aliases, .. } = self.shares;
+        for number in 0..silent {
             let uri = if number % 2 == 0 {
                 self._fakes.push(FakePostgres::new(Misbehaviour::SilentAfterLogin).await);
                 self._fakes.last().unwrap().uri()
@@ -142,14 +159,14 @@ impl Crowd {
             };
             operator.secret(&format!("silent-{number}"), &[("uri", &uri)]).await;
         }
-        for number in 0..FLOODING {
+        for number in 0..many_flooding {
             use Misbehaviour::{EndlessParameters, EndlessRows, Http, HugeMessage};
             let all = [HugeMessage, EndlessParameters, EndlessRows, Http];
             let fake = FakePostgres::new(all[number as usize % all.len()]).await;
             flooding.secret(&format!("flooding-{number}"), &[("uri", &fake.uri())]).await;
             self._fakes.push(fake);
         }
-        for (tenant, name, many) in [(slow, "slow", SLOW), (aliases, "alias", ALIASES)] {
+        for (tenant, name, many) in [(slow, "slow", many_slow), (aliases, "alias", many_aliases)] {
             for number in 0..many {
                 // Another port is another server.
                 let relay = TcpFaultProxy::new(postgres::shared().port()).await;
@@ -162,30 +179,30 @@ impl Crowd {
         }
     }
 
-    /// Applies all 500 objects.
+    /// Applies all objects.
     async fn apply(&self) {
         let often = |spec: Value| merged(json!({ "period": PERIOD }), &spec);
         let long = json!({ "batchSize": 1, "deadline": "24h", "statementTimeout": "1h" });
         let [slow, flooding, aliases] = &self.tenants;
         let mut all: Vec<(&Operator, String, Value)> = vec![];
         for (tenant, name, many) in [
-            (aliases, "alias", ALIASES),
-            (slow, "slow", SLOW),
-            (flooding, "flooding", FLOODING),
-            (&self.operator, "silent", SILENT),
+            (aliases, "alias", self.shares.aliases),
+            (slow, "slow", self.shares.slow),
+            (flooding, "flooding", self.shares.flooding),
+            (&self.operator, "silent", self.shares.silent),
         ] {
             let rest = if name == "alias" { long.clone() } else { json!({ "batchSize": 1 }) };
             let named =
                 |number| (tenant, format!("{name}-{number}"), spec(&format!("{name}-{number}"), often(rest.clone())));
             all.extend((0..many).map(named));
         }
-        for number in 0..BROKEN {
+        for number in 0..self.shares.broken / 10 {
             let named = |(name, spec, _)| (&self.operator, format!("{name}-{number}"), often(spec));
             all.extend(broken().into_iter().map(named));
         }
         let table = |number| json!({ "table": format!("t_{number}") });
-        all.extend((1..=HEALTHY).map(|n| (&self.operator, format!("healthy-{n}"), often(table(n)))));
-        assert_eq!(all.len(), 500);
+        all.extend((1..=self.shares.healthy).map(|n| (&self.operator, format!("healthy-{n}"), often(table(n)))));
+        assert_eq!(all.len(), 100 * hundreds() as usize);
         let applied = all.iter().map(|(operator, name, spec)| operator.apply(name, spec.clone()));
         drop(stream::iter(applied).buffer_unordered(8).collect::<Vec<_>>().await);
     }
@@ -203,7 +220,7 @@ impl Crowd {
         let watch = async {
             let objects = watcher(self.operator.api(), watcher::Config::default()).default_backoff().applied_objects();
             let mut seen = pin!(objects);
-            while late.len() < HEALTHY as usize {
+            while late.len() < self.shares.healthy as usize {
                 let object = seen.next().await.unwrap().unwrap();
                 let (name, status) = (object.metadata.name.unwrap(), json!(object.status));
                 if !name.starts_with("healthy-") || status["lastSweep"] == Value::Null {
@@ -222,11 +239,20 @@ impl Crowd {
         };
         let within = tokio::time::timeout(Duration::from_secs(150), watch).await;
         let waits = |n: &u32| !late.contains_key(&format!("healthy-{n}"));
-        assert!(within.is_ok(), "{when}: not swept in a slot: {:?}", (1..=HEALTHY).filter(waits).collect::<Vec<_>>());
+        assert!(
+            within.is_ok(),
+            "{when}: not swept in a slot: {:?}",
+            (1..=self.shares.healthy).filter(waits).collect::<Vec<_>>()
+        );
         let mut lags: Vec<_> = late.values().map(|(lag, _)| *lag).collect();
         lags.sort_unstable();
         let took = (Utc::now() - begin).num_seconds();
-        println!("{when}: seconds late: median {}, most {}; {took} s", lags[lags.len() / 2], lags[lags.len() - 1]);
+        println!(
+            "{} objects, {when}: seconds late: median {}, most {}; {took} s",
+            100 * hundreds(),
+            lags[lags.len() / 2],
+            lags[lags.len() - 1]
+        );
         late.retain(|_, (lag, _)| *lag > LATE);
         assert!(late.is_empty(), "{when}: {late:#?}\n{}", self.operator.process.as_ref().unwrap().log_tail(200));
     }
@@ -236,14 +262,14 @@ impl Crowd {
             let all = self.operator.api().list(&Default::default()).await.unwrap().items;
             let healthy = all.iter().filter(|object| object.metadata.name.as_deref().unwrap().starts_with("healthy-"));
             let swept = healthy.filter(|object| json!(object.status)["lastSweep"] != Value::Null).count();
-            if swept == HEALTHY as usize { Ok(()) } else { Err(format!("{swept} were swept")) }
+            if swept == self.shares.healthy as usize { Ok(()) } else { Err(format!("{swept} were swept")) }
         })
         .await;
     }
 }
 
 #[tokio::test]
-async fn of_five_hundred_objects_the_healthy_are_on_time_whatever_the_others_meet() {
+async fn in_a_crowd_the_healthy_are_on_time_whatever_the_others_meet() {
     let mut crowd = Crowd::new().await;
     crowd.write_secrets().await;
     crowd.start().await;
@@ -256,8 +282,8 @@ async fn of_five_hundred_objects_the_healthy_are_on_time_whatever_the_others_mee
     crowd.write_secrets().await;
     crowd.assert_on_time("after all Secrets changed").await;
 
-    let Crowd { log, operator, tenants, slow, .. } = &crowd;
-    for number in 1..=HEALTHY {
+    let Crowd { shares, log, operator, tenants, slow, .. } = &crowd;
+    for number in 1..=shares.healthy {
         let done = format!("SELECT id FROM t_{number} WHERE result_kind = 'timeout' ORDER BY id");
         assert_eq!(log.query(&done).await, [id(number * 10 + 1), id(number * 10 + 2)], "t_{number}");
     }

@@ -85,6 +85,12 @@ enum Task {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// See that healthy objects are on time beside all kinds of bad neighbours
+    Crowd {
+        /// How many objects, in hundreds
+        #[arg(long, default_value_t = 5)]
+        hundreds: u64,
+    },
     /// Break the sweep, one promise at a time, and see that a test notices
     Mutants,
     /// Measure the product against what people would use instead
@@ -108,6 +114,7 @@ fn main() -> ExitCode {
         }
         Task::History { seconds, seed } => long::history(seconds, seed),
         Task::Chaos { seconds, seed } => long::chaos(seconds, seed),
+        Task::Crowd { hundreds } => long::crowd(hundreds),
         Task::Image { name, profile, check } => {
             image::run(name.as_deref(), &profile, check).map(|()| ExitCode::SUCCESS)
         }

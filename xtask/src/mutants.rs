@@ -31,7 +31,7 @@ const MUTANTS: [Mutant; 9] = [
         name: "neither guard nor lock clause",
         file: STATEMENT,
         edits: &[GUARD, LOCK],
-        tests: &["database::history", "database::sweep::a_completion_in_flight"],
+        tests: &["database::sweep::a_completion_in_flight"],
     },
     Mutant {
         name: "join on the id alone",

@@ -247,8 +247,8 @@ async fn values_reach_what_they_are_for() {
         full["image"],
         "audit-log-sweeper@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
     );
-    assert_eq!(full["env"][2], json!({ "name": "SSL_CERT_FILE", "value": "/etc/audit-log-sweeper/ca/ca.crt" }));
-    assert_eq!(full["env"][3], json!({ "name": "HTTPS_PROXY", "value": "http://proxy:3128" }));
+    assert_eq!(full["env"][3], json!({ "name": "SSL_CERT_FILE", "value": "/etc/audit-log-sweeper/ca/ca.crt" }));
+    assert_eq!(full["env"][4], json!({ "name": "HTTPS_PROXY", "value": "http://proxy:3128" }));
     assert!(full["args"].to_string().contains("\"--selector=shard in (a, b)\""));
     let pod = &deployment["spec"]["template"];
     assert_eq!(pod["spec"]["volumes"][0]["configMap"]["name"], "ca");

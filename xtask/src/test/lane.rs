@@ -16,11 +16,8 @@ use support::{leaks, progress};
 /// Servers get a signal when the tests end, and then their folders go: hundreds of databases on a slow disk.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// Tests that measure how late things happen. They run after all others, one at a time.
-const ALONE: [&str; 1] = ["of_five_hundred_objects"];
-
 /// Tests at once for each core, of all lanes: most wait for a server most of the time.
-const PER_CORE: usize = 5;
+const PER_CORE: usize = 7;
 
 pub struct Lane {
     name: String,
@@ -104,16 +101,7 @@ impl Lane {
     }
 
     fn run_with(&self, mut run: impl FnMut(Command) -> anyhow::Result<bool>) -> anyhow::Result<bool> {
-        let mut passed = if self.database_only || !self.arguments.is_empty() {
-            run(self.tests(self.threads))?
-        } else {
-            let mut others = self.tests(self.threads);
-            others.args(ALONE.iter().flat_map(|tests| ["--skip", tests]));
-            let others = run(others)?;
-            let mut alone = self.command(&["--workspace", "--test", "it"]);
-            alone.arg("--").args(ALONE).args(["--include-ignored", "--test-threads=1"]);
-            others && run(alone)?
-        };
+        let mut passed = run(self.tests(self.threads))?;
         let left = left_behind(self.temporary.path())?;
         if !left.is_empty() {
             passed = false;
