@@ -177,8 +177,8 @@ async fn a_killed_leader_is_followed_within_the_leases_time() {
     a.kill9().unwrap();
     until_held_by(&leases(&operator), "b").await;
     let took = start.elapsed();
-    // The last renewal may have been 0.4 s old, and is seen, as its end is, within 0.2 s.
-    assert!(took > Duration::from_millis(2300) && took < Duration::from_millis(4000), "{took:?}");
+    // The last renewal may have been 0.4 s old, and is seen, as its end is, within 0.2 s. A busy machine takes longer.
+    assert!(took > Duration::from_millis(2300) && took < Duration::from_secs(6), "{took:?}");
     operator.until("app", "the rest", |s| s["lastSweep"]["outcome"] == json!("Drained")).await;
     assert_eq!(log.timed_out().await, (1..=40).collect::<Vec<_>>());
     assert_one_swept_at_a_time(&log.trail().await);

@@ -264,7 +264,7 @@ async fn values_reach_what_they_are_for() {
     let objects = mode(6);
     let pod = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"];
     assert_eq!(pod["volumes"][0]["secret"]["secretName"], "ca");
-    assert_eq!(container(&objects)["env"][2]["value"], "/etc/audit-log-sweeper/ca/roots.pem");
+    assert_eq!(container(&objects)["env"][3]["value"], "/etc/audit-log-sweeper/ca/roots.pem");
     assert_eq!(pod["topologySpreadConstraints"].as_array().unwrap().len(), 1);
     assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
     assert!(pod["securityContext"].get("runAsUser").is_none(), "{pod}");
