@@ -135,20 +135,29 @@ async fn prepare(
     Some((Ok(Prepared { plan, target, server, secrets }), slot))
 }
 
-/// Connects, unless the server did not answer lately. `urgent`: a person waits for it. The slot is for the connection.
+/// An open connection, its slot, and how long it waited for that.
+struct Connection {
+    connected: Connected,
+    waited: Duration,
+    _slot: Slot,
+}
+
+/// Connects, unless the server did not answer lately. `urgent`: a person waits for it.
 async fn connect(
     Prepared { plan, target, server, .. }: &Prepared,
     namespace: &str,
     urgent: bool,
     context: &Context,
-) -> Result<(Connected, Slot), Failure> {
-    context.breakers.admit(server, urgent, Instant::now())?;
-    let slot = context.connections.acquire(namespace).await.slot;
+) -> Result<Connection, Failure> {
+    // What the objects of one namespace meet keeps no other namespace from the server.
+    let breaker = format!("{namespace} {server}");
+    let admitted = Instant::now();
+    context.breakers.admit(&breaker, urgent, admitted)?;
+    let acquired = context.connections.acquire(namespace).await;
+    let waited = if acquired.waited { admitted.elapsed() } else { Duration::ZERO };
     let connected = catch_panic(Connected::open(plan, target)).await.flatten();
-    if let Err(failure) = &connected {
-        context.breakers.record(server, Some(failure), Instant::now());
-    }
-    Ok((connected?, slot))
+    context.breakers.record(&breaker, connected.as_ref().err(), admitted, Instant::now());
+    Ok(Connection { connected: connected?, waited, _slot: acquired.slot })
 }
 
 async fn preflight(
@@ -157,12 +166,12 @@ async fn preflight(
     context: &Context,
 ) -> Result<PreflightReport, Failure> {
     let prepared = prepared?;
-    // It answers to an edit, or to a failure that somebody may have mended.
-    let (connected, _slot) = connect(&prepared, sweeper.namespace(), true, context).await?;
+    // After an edit, somebody waits for it.
+    let edited = sweeper.status.observed_generation != Some(sweeper.generation());
+    let connection = connect(&prepared, sweeper.namespace(), edited, context).await?;
     let _turn = context.preflight_limiter.acquire_global(sweeper.namespace()).await;
-    let checked = check(sweeper, &prepared, &connected, context).await;
-    context.breakers.record(&prepared.server, checked.as_ref().err(), Instant::now());
-    connected.close().await;
+    let checked = check(sweeper, &prepared, &connection.connected, context).await;
+    connection.connected.close().await;
     checked
 }
 
@@ -218,46 +227,47 @@ async fn run(
     stop: &CancellationToken,
 ) -> Result<Option<Result<(), Failure>>, ApiError> {
     let namespace = sweeper.namespace();
-    let connecting = connect(prepared, namespace, attempt.slot.trigger == Trigger::Request, context);
-    let (mut connected, _slot) = match stop.run_until_cancelled(connecting).await {
-        Some(Ok(connected)) => connected,
+    let urgent = attempt.slot.trigger == Trigger::Request && attempt.slot.continues.is_none();
+    let connection = match stop.run_until_cancelled(connect(prepared, namespace, urgent, context)).await {
+        Some(Ok(connection)) => connection,
         Some(Err(failure)) => return Ok(Some(Err(failure))),
         None => return Ok(None),
     };
+    let Connection { mut connected, waited, _slot } = connection;
     let queued = Instant::now();
     let Some(turn) = stop.run_until_cancelled(context.sweep_limiter.acquire_global(namespace)).await else {
         connected.close().await;
         return Ok(None);
     };
-    if turn.waited {
+    let queued = if turn.waited { queued.elapsed() } else { Duration::ZERO };
+    if !(waited + queued).is_zero() {
         if stop.run_until_cancelled(still_stands(sweeper, context)).await.transpose()? != Some(true) {
             connected.close().await;
             return Ok(None);
         }
-        let waited = queued.elapsed();
-        connected.waited(waited);
-        attempt.start += TimeDelta::from_std(waited).unwrap_or_default();
+        connected.exclude(queued);
+        attempt.start += TimeDelta::from_std(waited + queued).unwrap_or_default();
     }
-    let ended = check_and_sweep(attempt, sweeper, prepared, connected, context, stop).await;
-    if let Some(ended) = &ended {
-        let failure = ended.as_ref().err().or(attempt.report.end.as_ref().err());
-        context.breakers.record(&prepared.server, failure, Instant::now());
-    }
-    Ok(ended)
+    Ok(check_and_sweep(attempt, sweeper, prepared, connected, context, stop).await)
 }
 
+/// Checks first if that is due, on the same connection. The deadline is that of the sweep alone.
 async fn check_and_sweep(
     attempt: &mut SweepAttempt,
     sweeper: &Sweeper,
     prepared: &Prepared,
-    connected: Connected,
+    mut connected: Connected,
     context: &Context,
     stop: &CancellationToken,
 ) -> Option<Result<(), Failure>> {
     if needs_preflight(sweeper, prepared, attempt.start, context) {
+        let began = Instant::now();
         let checked = stop.run_until_cancelled(check(sweeper, prepared, &connected, context)).await;
         match checked {
-            Some(Ok(checked)) => attempt.checked = Some(checked),
+            Some(Ok(checked)) => {
+                attempt.checked = Some(checked);
+                connected.exclude(began.elapsed());
+            }
             unfit => {
                 connected.close().await;
                 return unfit.map(|unfit| unfit.map(drop));

@@ -40,7 +40,7 @@ struct Tenant {
 /// One slot, until it is dropped.
 #[derive(Debug)]
 pub struct Slot {
-    /// None: it was given back already.
+    /// None after the slot was returned.
     shared: Option<Arc<Shared>>,
     tenant: String,
 }
@@ -53,7 +53,7 @@ pub struct Acquired {
 }
 
 impl FairSlots {
-    /// So many.
+    /// Creates `total` slots.
     pub fn new(total: usize) -> Self {
         let (waiting, state) = (Arc::default(), Mutex::default());
         Self(Arc::new(Shared { total, waiting, state }))

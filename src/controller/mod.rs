@@ -53,7 +53,7 @@ use model::ParsedObject;
 use shutdown::ShutdownReport;
 use watch::Scope;
 
-/// The most connections to databases at once. Each takes a descriptor and up to 100 kB.
+/// The most connections to databases at once. Each takes a descriptor, and up to 64 kB until it may sweep.
 const MAX_CONNECTIONS: usize = 256;
 
 /// What is set at start.

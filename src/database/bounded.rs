@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 
-/// The most bytes until the server is ready for the first statement.
+/// The most bytes of the login, and of the answer to the first statement. Nothing limits how many connections come so far.
 const LOGIN: usize = 64 * 1024;
 
 /// The most bytes of one message.
@@ -31,7 +31,7 @@ const READY: u8 = b'Z';
 /// Type of the message with a row: `DataRow`.
 const ROW: u8 = b'D';
 
-/// What a server sent that no answer to our statements can be.
+/// What a server sent that is not taken.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Excess {
     #[error("a message that is none of PostgreSQL's")]
@@ -40,9 +40,9 @@ pub enum Excess {
     Message(usize),
     #[error("more than {LOGIN} bytes during the login")]
     Login,
-    #[error("more than {ANSWER} bytes in one answer")]
+    #[error("more than {ANSWER} bytes in one answer, as for a table with thousands of partitions")]
     Answer,
-    #[error("more than {ROWS} rows in one answer")]
+    #[error("more than {ROWS} rows in one answer, as for a table with thousands of partitions")]
     Rows,
 }
 
@@ -52,7 +52,8 @@ pub type Ended = Arc<OnceLock<Excess>>;
 /// Counts what the server sends, message by message.
 #[derive(Debug, Default)]
 struct Meter {
-    ready: bool,
+    /// How often it was ready: once after the login, once after each answer.
+    answers: u64,
     /// What has come of the next header.
     header: [u8; HEADER],
     header_len: usize,
@@ -98,13 +99,13 @@ impl Meter {
         self.bytes += length + 1;
         self.rows += usize::from(kind == ROW);
         match self {
-            Self { ready: false, bytes, .. } if *bytes > LOGIN => return Err(Excess::Login),
+            Self { answers: 0..2, bytes, .. } if *bytes > LOGIN => return Err(Excess::Login),
             Self { bytes, .. } if *bytes > ANSWER => return Err(Excess::Answer),
             Self { rows, .. } if *rows > ROWS => return Err(Excess::Rows),
             _ => {}
         }
         if kind == READY {
-            (self.ready, self.bytes, self.rows) = (true, 0, 0);
+            (self.answers, self.bytes, self.rows) = (self.answers.saturating_add(1), 0, 0);
         }
         Ok(())
     }
@@ -207,7 +208,9 @@ mod tests {
         let login = |parameters: usize| [message(b'S', 1000).repeat(parameters), message(READY, 1)].concat();
         assert_eq!(count(&login(65)), Ok(()));
         assert_eq!(count(&login(66)), Err(Excess::Login));
-        let after_login = |messages: &[u8]| count(&[&*login(0), messages].concat());
+        let first = [login(0), message(ROW, 60_000), message(ROW, 6000)].concat();
+        assert_eq!(count(&first), Err(Excess::Login), "the first answer, too");
+        let after_login = |messages: &[u8]| count(&[&*login(0), &message(READY, 1), messages].concat());
         assert_eq!(after_login(&message(ROW, MESSAGE - 4)), Ok(()));
         assert_eq!(after_login(&message(ROW, MESSAGE - 3)), Err(Excess::Message(MESSAGE + 1)));
         assert_eq!(after_login(&message(b'N', MESSAGE - 5).repeat(2)), Ok(()));

@@ -205,6 +205,9 @@ pub fn server(statement_timeout: Duration) -> String {
     )
 }
 
+/// So many characters of a document come in one row: a message has a bound.
+const PIECE: usize = 200_000;
+
 /// Asks for a [`Catalog`]. In a transaction that can change nothing and sees one state of the catalog.
 pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
     let [schema, table] = [&plan.names.schema, &plan.names.table].map(|name| literal(name));
@@ -217,11 +220,13 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
              WHERE n.nspname = {schema} AND c.relname = {table} \
            UNION SELECT i.inhrelid, i.inhparent, tree.level + 1 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid \
              WHERE {NOT_DETACHING}) \
-         SELECT json_build_object( \
+         , answer AS MATERIALIZED (SELECT json_build_object( \
            'schema', (SELECT json_build_object('usage', has_schema_privilege(n.oid, 'USAGE'), 'owner', {schema_owner}) \
              FROM pg_namespace n WHERE n.nspname = {schema}), \
            'autovacuum', current_setting('autovacuum')::boolean, \
-           'similar', {similar}, 'table', ({about_table}), 'tree', {tree}, 'taken', {taken}, 'schemas', {schemas}); COMMIT",
+           'similar', {similar}, 'table', ({about_table}), 'tree', {tree}, 'taken', {taken}, 'schemas', {schemas})::text AS document) \
+         SELECT substr(document, piece, {PIECE}) FROM answer, generate_series(1, length(document), {PIECE}) AS piece \
+         ORDER BY piece; COMMIT",
         timeout = statement_timeout.as_millis().max(1),
         // To write a predicate down the server locks its table.
         lock_timeout = LOCK_TIMEOUT.min(statement_timeout / 2).as_millis().max(1),

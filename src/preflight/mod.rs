@@ -112,11 +112,10 @@ fn timeout(plan: &Plan) -> Duration {
     plan.statement_timeout.min(TIMEOUT)
 }
 
-/// Asks a question that is answered by one JSON document.
+/// Asks a question that is answered by one JSON document, in one row or in pieces.
 async fn ask<T: DeserializeOwned>(session: &Session, sql: &str) -> Result<T, Error> {
     let answer = session.query(Step::Preflight, sql, TIMEOUT).await?;
-    let document = last_row(&answer).and_then(|row| text(row, 0));
-    document.and_then(|json| serde_json::from_str(json).ok()).ok_or(Error::Answer("the question about the catalog"))
+    serde_json::from_str(&lines(&answer).concat()).ok().ok_or(Error::Answer("the question about the catalog"))
 }
 
 /// The server's plan for the batch that a sweep would run now, a line each.

@@ -84,8 +84,8 @@ impl Connected {
         Ok(Self { session, start })
     }
 
-    /// Excludes time spent waiting for a slot.
-    pub fn waited(&mut self, time: Duration) {
+    /// Excludes time from the sweep's own, such as a wait for a slot.
+    pub fn exclude(&mut self, time: Duration) {
         self.start += time;
     }
 

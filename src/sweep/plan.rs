@@ -106,6 +106,7 @@ impl Plan {
         Self {
             deadline: self.deadline.min(max_deadline),
             statement_timeout: self.statement_timeout.min(max_deadline),
+            yield_budget: self.yield_budget.min(max_deadline / 4),
             ..self
         }
     }

@@ -98,7 +98,7 @@ fn settings(statement_timeout: Duration) -> String {
         "SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = {}; \
          SET LOCAL idle_in_transaction_session_timeout = {}; SET LOCAL row_security = off; \
          SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL TimeZone = 'UTC'; \
-         SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL jit = off; {}",
+         SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL jit = off; SET LOCAL client_min_messages = error; {}",
         millis(statement_timeout),
         millis(lock_timeout),
         millis(IDLE_TIMEOUT),

@@ -28,13 +28,13 @@ pub struct Readiness(Arc<Mutex<BTreeMap<String, String>>>);
 const BACKLOG: i32 = 128;
 
 /// So many connections may be open: kubelet, Prometheus and some people need far fewer.
-const MOST_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS: usize = 64;
 
 /// The longest that a connection lasts, from its first byte to its last.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The pause after a connection could not be taken, as when there are no descriptors left.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
 /// The part that waits until all others have said what they wait for.
 const START: &str = "start";
@@ -111,7 +111,7 @@ pub async fn serve(
         connections.retain(|connection| !connection.is_finished());
         match accepted {
             Ok((stream, _)) => {
-                if connections.len() >= MOST_CONNECTIONS {
+                if connections.len() >= MAX_CONNECTIONS {
                     drop(connections.pop_front());
                 }
                 let (server, service) = (server.clone(), service.clone());
@@ -175,7 +175,7 @@ mod tests {
         let stop = CancellationToken::new();
         let server = tokio::spawn(serve(listener, Readiness::default(), Arc::default(), stop.clone()));
         let mut slow = vec![];
-        for _ in 0..3 * MOST_CONNECTIONS {
+        for _ in 0..3 * MAX_CONNECTIONS {
             let mut client = TcpStream::connect(address).await.unwrap();
             client.write_all(b"GET /healthz HTTP/1.1\r\nhost: ").await.unwrap();
             slow.push(client);
@@ -191,7 +191,7 @@ mod tests {
             let ended = timeout(Duration::from_millis(10), client.read_u8()).await;
             open += usize::from(ended.is_err());
         }
-        assert_eq!(open, MOST_CONNECTIONS - 1, "the probe took the place of one more");
+        assert_eq!(open, MAX_CONNECTIONS - 1, "the probe took the place of one more");
         stop.cancel();
         server.await.unwrap().unwrap();
     }

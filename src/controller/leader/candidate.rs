@@ -27,16 +27,19 @@ pub struct Candidate {
     pub settings: LeaseSettings,
     /// The record that was seen last, and when it was first seen.
     observed: Option<(LeaseSpec, Instant)>,
+    /// It held the Lease before: whoever holds it now came later, and is no predecessor.
+    has_held: bool,
 }
 
 impl Candidate {
     /// One that has seen nothing yet.
     pub fn new(settings: LeaseSettings) -> Self {
-        Self { settings, observed: None }
+        Self { settings, observed: None, has_held: false }
     }
 
     /// Takes in a record that was read or written.
     pub fn observe(&mut self, record: &LeaseSpec, now: Instant) {
+        self.has_held |= record.holder_identity.as_deref() == Some(&self.settings.identity);
         if self.observed.as_ref().is_none_or(|(seen, _)| seen != record) {
             self.observed = Some((record.clone(), now));
         }
@@ -52,7 +55,8 @@ impl Candidate {
         let Some((record, since)) = &self.observed else { return false };
         let seconds = record.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
         let duration = seconds.map_or(self.settings.duration, Duration::from_secs).min(LONGEST);
-        let another = |holder: &str| holder != self.settings.identity && !self.settings.is_predecessor(holder);
+        let another =
+            |holder: &str| holder != self.settings.identity && (self.has_held || !self.settings.is_predecessor(holder));
         self.holder().is_some_and(another) && now < *since + duration
     }
 
@@ -190,6 +194,12 @@ mod tests {
             us.settings.pod = pod.map(str::to_owned);
             us.observe(&held(holder), Instant::now());
             assert_eq!(us.is_held_by_another(Instant::now()), waits, "{pod:?} {holder}");
+        }
+        // Two processes of one pod do not take it from each other for ever.
+        us.settings.pod = Some("pod_uid_".into());
+        for (holder, waits) in [("pod_uid_2", false), ("pod_uid_3", true)] {
+            us.observe(&held(holder), Instant::now());
+            assert_eq!(us.is_held_by_another(Instant::now()), waits, "{holder}");
         }
     }
 
