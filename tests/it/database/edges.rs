@@ -244,5 +244,5 @@ async fn a_sweep_gives_way_to_others_who_write_for_a_while_and_leaves_nothing_un
     assert!(whole.small_batches > 20, "{whole:?}");
     assert_eq!((waited_for.small_batches, waited_for.batches), (0, 10), "{waited_for:?}");
     // A batch takes 50 ms where the processors are shared with eight more tests.
-    assert!(short.small_batches > 5 && short.batches - short.small_batches > 10, "{short:?}");
+    assert!(short.small_batches > 2 && short.batches - short.small_batches > 10, "{short:?}");
 }

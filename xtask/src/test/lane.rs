@@ -17,7 +17,7 @@ use support::{leaks, progress};
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Tests at once for each core, of all lanes: most wait for a server most of the time.
-const PER_CORE: usize = 7;
+const PER_CORE: usize = 5;
 
 pub struct Lane {
     name: String,
