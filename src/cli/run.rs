@@ -76,16 +76,20 @@ pub struct Run {
     log_level: LogLevel,
 }
 
+fn duration(text: &str) -> Result<Duration, String> {
+    text.parse::<api::Duration>().map(|duration| duration.as_std()).map_err(|error| error.to_string())
+}
+
 /// A deadline has the bounds that it has in a spec.
 fn max_deadline(text: &str) -> Result<Duration, String> {
-    let duration = text.parse::<api::Duration>().map_err(|error| error.to_string())?.as_std();
+    let duration = duration(text)?;
     let fits = duration >= Duration::from_secs(1) && duration <= Duration::from_hours(24);
     if fits { Ok(duration) } else { Err("must be from 1s to 24h".into()) }
 }
 
 /// A Lease counts in whole seconds.
 fn lease_duration(text: &str) -> Result<Duration, String> {
-    let duration = text.parse::<api::Duration>().map_err(|error| error.to_string())?.as_std();
+    let duration = duration(text)?;
     let seconds = Duration::from_secs(duration.as_secs());
     let fits = seconds == duration && seconds >= Duration::from_secs(1) && seconds <= leader::LONGEST;
     if fits { Ok(duration) } else { Err("must be whole seconds, from 1s to 1h".into()) }

@@ -30,7 +30,7 @@ use crate::sweep::statement::Cursor;
 use crate::sweep::{self, Connected, Job, Plan, Report};
 
 /// What work on an object needs.
-pub struct Permits<'a> {
+pub struct Slots<'a> {
     /// To read it and its Secrets. Waiting objects hold only their key, so 10,000 due objects stay small.
     prepare: SemaphorePermit<'a>,
     /// Of the server that it queued for. Never of both kinds: holding one while waiting for the other could deadlock.
@@ -47,15 +47,15 @@ struct Prepared {
     secrets: Vec<String>,
 }
 
-/// Waits for the permits of an object. It queues for its database server only after no permit was free there.
-pub async fn acquire_permits<'a>(object: &ObjectMeta, uid: &str, context: &'a Context) -> Option<Permits<'a>> {
+/// Waits for the slots of an object. It queues for its database server only after no slot was free there.
+pub async fn acquire_slots<'a>(object: &ObjectMeta, uid: &str, context: &'a Context) -> Option<Slots<'a>> {
     let queue = context.cache.change(uid, |entry| entry.queue.take());
     let namespace = object.namespace.as_deref().unwrap_or_default();
     let server = match queue {
         Some(Queue { server, kind }) => Some(limiter(kind, context).acquire_server(&server, namespace).await),
         None => None,
     };
-    Some(Permits { prepare: context.prepare_slots.acquire().await.ok()?, server })
+    Some(Slots { prepare: context.prepare_slots.acquire().await.ok()?, server })
 }
 
 /// Preflights answer to an edit, so long sweeps do not keep them waiting.
@@ -70,7 +70,7 @@ fn limiter(kind: Kind, context: &Context) -> &Limiter {
 pub async fn execute(
     decision: Decision,
     sweeper: &Sweeper,
-    permits: Permits<'_>,
+    slots: Slots<'_>,
     context: &Context,
     term: &CancellationToken,
 ) -> Result<Option<Done>, ApiError> {
@@ -86,8 +86,8 @@ pub async fn execute(
             warn!(namespace, name, "a time in the status is one that no sweep can have; computing the schedule anew");
             Ok(Some(Done::Repaired))
         }
-        Decision::Preflight => attempt(None, sweeper, permits, context, term).await,
-        Decision::Sweep(slot) => attempt(Some(slot), sweeper, permits, context, term).await,
+        Decision::Preflight => attempt(None, sweeper, slots, context, term).await,
+        Decision::Sweep(slot) => attempt(Some(slot), sweeper, slots, context, term).await,
     }
 }
 
@@ -95,13 +95,13 @@ pub async fn execute(
 async fn attempt(
     slot: Option<DueSweep>,
     sweeper: &Sweeper,
-    permits: Permits<'_>,
+    slots: Slots<'_>,
     context: &Context,
     term: &CancellationToken,
 ) -> Result<Option<Done>, ApiError> {
     let began = Instant::now();
     let kind = if slot.is_some() { Kind::Sweep } else { Kind::Preflight };
-    let prepared = term.run_until_cancelled(prepare(kind, sweeper, permits, context)).await.flatten();
+    let prepared = term.run_until_cancelled(prepare(kind, sweeper, slots, context)).await.flatten();
     let Some((prepared, _server_slot)) = prepared else { return Ok(None) };
     let stop = term.child_token();
     let work = async {
@@ -117,7 +117,7 @@ async fn attempt(
 async fn prepare(
     kind: Kind,
     sweeper: &Sweeper,
-    Permits { prepare, server: mut slot }: Permits<'_>,
+    Slots { prepare, server: mut slot }: Slots<'_>,
     context: &Context,
 ) -> Option<(Result<Prepared, Failure>, Option<Slot>)> {
     let found = fetch::target(&context.server, sweeper, &context.settings.default_roots).await;

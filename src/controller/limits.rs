@@ -67,7 +67,7 @@ impl Limiter {
 
     fn server(&self, server: &str) -> Server {
         let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
-        // Whoever waits for or has a slot holds a share of them.
+        // Each slot, and each wait for one, holds a share of them.
         servers.retain(|_, server| server.slots.is_shared());
         let new = || Server { slots: FairSlots::new(self.per_server), started: Arc::default() };
         servers.entry(server.to_owned()).or_insert_with(new).clone()

@@ -14,7 +14,7 @@ use tracing::warn;
 
 use super::client::{self, ApiError};
 use super::decide::{Decision, decide};
-use super::execute::{self, Permits};
+use super::execute::{self, Slots};
 use super::model::{AttemptResult, ParsedObject};
 use super::publish::{publish, publish_invalid};
 use super::{Context, fetch};
@@ -62,7 +62,7 @@ pub fn error_policy(watched: Arc<ParsedObject>, error: &ApiError, context: Arc<C
     Action::requeue(pause)
 }
 
-/// Publishes what is pending for an object, or else runs the pipeline if something is due, once it has its permits.
+/// Publishes what is pending for an object, or else runs the pipeline if something is due, once it has its slots.
 async fn reconcile_if_due(watched: &ParsedObject, uid: &str, context: &Context) -> Result<Action, ApiError> {
     // A replica publishes its own result also after it lost the lead. A later attempt is never overwritten.
     // An object that cannot be read takes no counts: they wait, and what is wrong with it is said.
@@ -80,11 +80,11 @@ async fn reconcile_if_due(watched: &ParsedObject, uid: &str, context: &Context) 
         }
         Triage::Due => {}
     }
-    let permits = Box::pin(execute::acquire_permits(watched.meta(), uid, context));
-    let permits = term.run_until_cancelled(permits).await.flatten();
-    let Some(permits) = permits else { return Ok(Action::await_change()) };
-    // Boxed here, so an object that waits for permits holds only a small future.
-    Box::pin(pipeline(watched, permits, context, &term)).await
+    let slots = Box::pin(execute::acquire_slots(watched.meta(), uid, context));
+    let slots = term.run_until_cancelled(slots).await.flatten();
+    let Some(slots) = slots else { return Ok(Action::await_change()) };
+    // Boxed here, so an object that waits for slots holds only a small future.
+    Box::pin(pipeline(watched, slots, context, &term)).await
 }
 
 /// What is next for an object, by what the watch has seen, which costs no request.
@@ -110,18 +110,18 @@ fn triage(watched: &ParsedObject, uid: &str, context: &Context) -> Triage {
 /// Fetch, decide, execute, status, publish. Then the object is looked at again.
 async fn pipeline(
     watched: &ParsedObject,
-    permits: Permits<'_>,
+    slots: Slots<'_>,
     context: &Context,
     term: &CancellationToken,
 ) -> Result<Action, ApiError> {
-    // The watch may lag behind, and the permits may have come late.
+    // The watch may lag behind, and the slots may have come late.
     let fetched = term.run_until_cancelled(fetch::sweeper(context, watched.meta())).await;
     let Some(sweeper) = fetched.transpose()?.flatten() else { return Ok(Action::await_change()) };
     let decision = decide(Utc::now(), &sweeper, context.cache.get(sweeper.uid()).not_before);
     if let Decision::Wait(next) = decision {
         return Ok(wait_until(next));
     }
-    let Some(done) = execute::execute(decision, &sweeper, permits, context, term).await? else {
+    let Some(done) = execute::execute(decision, &sweeper, slots, context, term).await? else {
         return Ok(Action::requeue(Duration::ZERO));
     };
     let result = AttemptResult { sweeper, done, time: Utc::now(), led: context.leadership.leads() };

@@ -46,8 +46,8 @@ pub enum Excess {
     Rows,
 }
 
-/// Where a stream tells why it ended. The driver does not pass on its errors.
-pub type Ended = Arc<OnceLock<Excess>>;
+/// Where a stream tells what it did not take. The driver does not pass on its errors.
+pub type Exceeded = Arc<OnceLock<Excess>>;
 
 /// Counts what the server sends, message by message.
 #[derive(Debug, Default)]
@@ -116,13 +116,13 @@ impl Meter {
 pub struct Bounded<S> {
     stream: S,
     meter: Meter,
-    ended: Ended,
+    exceeded: Exceeded,
 }
 
 impl<S> Bounded<S> {
     /// Bounds a stream of messages, not of TLS records.
-    pub fn new(stream: S, ended: Ended) -> Self {
-        Self { stream, meter: Meter::default(), ended }
+    pub fn new(stream: S, exceeded: Exceeded) -> Self {
+        Self { stream, meter: Meter::default(), exceeded }
     }
 }
 
@@ -133,7 +133,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Bounded<S> {
         ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
         let (_, new) = buf.filled().split_at(before);
         Poll::Ready(this.meter.count(new).map_err(|excess| {
-            this.ended.get_or_init(|| excess);
+            this.exceeded.get_or_init(|| excess);
             io::Error::new(io::ErrorKind::InvalidData, excess)
         }))
     }
@@ -163,7 +163,7 @@ impl<S: TlsStream + Unpin> TlsStream for Bounded<S> {
 #[derive(Debug)]
 pub struct BoundedTls<C> {
     pub connect: C,
-    pub ended: Ended,
+    pub exceeded: Exceeded,
 }
 
 impl<S, C> TlsConnect<S> for BoundedTls<C>
@@ -177,8 +177,8 @@ where
     type Future = BoxFuture<'static, Result<Self::Stream, C::Error>>;
 
     fn connect(self, stream: S) -> Self::Future {
-        let ended = self.ended;
-        Box::pin(self.connect.connect(stream).map_ok(|stream| Bounded::new(stream, ended)))
+        let exceeded = self.exceeded;
+        Box::pin(self.connect.connect(stream).map_ok(|stream| Bounded::new(stream, exceeded)))
     }
 }
 

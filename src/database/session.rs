@@ -19,7 +19,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::either::Either;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::bounded::{Bounded, BoundedTls, Ended};
+use super::bounded::{Bounded, BoundedTls, Exceeded};
 use super::error::{ConnectPhase, Error, Step};
 use super::target::Target;
 
@@ -90,28 +90,26 @@ impl Target {
             // It does not leave the machine; PostgreSQL has no TLS there.
             config.ssl_mode(SslMode::Disable);
         }
-        let ended = Ended::default();
+        let exceeded = Exceeded::default();
         let opened = if config.get_ssl_mode() == SslMode::Disable {
-            let stream = Bounded::new(stream, ended.clone());
+            let stream = Bounded::new(stream, exceeded.clone());
             config.connect_raw(stream, NoTls).await.map(|(client, connection)| (client, run(connection)))
         } else {
-            let tls = BoundedTls { connect: self.tls::<Stream>(&host)?, ended: ended.clone() };
+            let tls = BoundedTls { connect: self.tls::<Stream>(&host)?, exceeded: exceeded.clone() };
             config.connect_raw(stream, tls).await.map(|(client, connection)| (client, run(connection)))
         };
-        let (client, connection) = opened.map_err(|error| match ended.get() {
-            Some(excess) => Error::Protocol { host: host.clone(), excess: *excess },
-            None => Error::handshake(&host, &error),
-        })?;
+        let (client, connection) =
+            opened.map_err(|error| protocol(&exceeded, &host).unwrap_or_else(|| Error::handshake(&host, &error)))?;
         let session = Session {
             cancel: client.cancel_token(),
             client,
             connection,
-            ended,
+            exceeded,
             target: self.clone(),
             host: host.clone(),
             peer,
         };
-        // Some let everybody log in and then say nothing.
+        // Some servers let every client log in and then say nothing.
         *phase = ConnectPhase::Statement;
         let answer = session.query(Step::Login, "SHOW transaction_read_only", LONGEST_CONNECT).await?;
         if self.writable && last_row(&answer).and_then(|row| text(row, 0)) == Some("on") {
@@ -132,6 +130,11 @@ impl Target {
             cause: "the host's name cannot be in a certificate".into(),
         })
     }
+}
+
+/// The error where the server sent what is not taken.
+fn protocol(exceeded: &Exceeded, host: &str) -> Option<Error> {
+    exceeded.get().map(|excess| Error::Protocol { host: host.to_owned(), excess: *excess })
 }
 
 /// Runs a connection until it ends. The client's calls tell that it did.
@@ -234,7 +237,7 @@ pub struct Session {
     client: Client,
     cancel: CancelToken,
     connection: AbortOnDropHandle<()>,
-    ended: Ended,
+    exceeded: Exceeded,
     target: Target,
     host: String,
     peer: Peer,
@@ -250,9 +253,8 @@ impl Session {
     /// Sends one message of statements and waits for its whole answer, at most `limit`.
     pub async fn query(&self, step: Step, sql: &str, limit: Duration) -> Result<Vec<SimpleQueryMessage>, Error> {
         match timeout(limit, self.client.simple_query(sql)).await {
-            Ok(answer) => answer.map_err(|error| match self.ended.get() {
-                Some(excess) => Error::Protocol { host: self.host.clone(), excess: *excess },
-                None => Error::statement(step, &error),
+            Ok(answer) => answer.map_err(|error| {
+                protocol(&self.exceeded, &self.host).unwrap_or_else(|| Error::statement(step, &error))
             }),
             Err(_) => {
                 // Dropping the future does not stop the statement.

@@ -298,7 +298,9 @@ async fn in_a_crowd_the_healthy_are_on_time_whatever_the_others_meet() {
             None => vec!["Ready=True/Swept".to_owned()],
         };
         assert!(expected.iter().any(|expected| has(&status, expected)), "{name}: {status:#}");
-        let swept = if name.starts_with("healthy-") { 2 } else { 0 };
+        let is_healthy = name.starts_with("healthy-");
+        assert!(!is_healthy || status["totals"]["failures"] == json!(0), "{name}: {status:#}");
+        let swept = if is_healthy { 2 } else { 0 };
         assert_eq!(status["totals"]["timedOut"].as_i64().unwrap_or(0), swept, "{name}: {status:#}");
     }
     for object in tenants[1].api().list(&Default::default()).await.unwrap() {

@@ -27,7 +27,7 @@ pub struct Candidate {
     pub settings: LeaseSettings,
     /// The record that was seen last, and when it was first seen.
     observed: Option<(LeaseSpec, Instant)>,
-    /// It held the Lease before: whoever holds it now came later, and is no predecessor.
+    /// It held the Lease before, so a holder now came later and is no predecessor.
     has_held: bool,
 }
 
