@@ -213,7 +213,13 @@ async fn a_batch_states_the_private_predicate_only_when_every_partition_can_use_
 #[tokio::test]
 async fn a_batch_states_the_private_predicate_only_for_an_index_that_it_can_walk() {
     for (kind, create) in TABLES {
-        for other in ["USING hash (id)", "(id)", "(time_started DESC, id)", "(id, time_started)"] {
+        for other in [
+            "USING hash (id)",
+            "USING brin (time_started, id)",
+            "(id)",
+            "(time_started DESC, id)",
+            "(id, time_started)",
+        ] {
             let log = AuditTable::empty().await;
             table(&log, create, PLAIN, &[COMPLETE, BACKLOG], OTHERS[0]).await;
             log.run(&format!("CREATE INDEX other ON audit_log {other} WHERE {PRIVATE}")).await;
