@@ -44,17 +44,18 @@ fn setting(name: &str, default: u64) -> u64 {
 /// One of the replicas, with its own way to the API server.
 struct Replica {
     pod: &'static str,
+    /// Ends before its way to the API server does, else it waits for that one.
+    process: Option<Process>,
     api: HttpFaultProxy,
     scratch: Scratch,
-    process: Option<Process>,
     /// What those before it logged.
     logs: Vec<String>,
 }
 
 struct Chaos {
+    replicas: Vec<Replica>,
     log: AuditTable,
     operator: Operator,
-    replicas: Vec<Replica>,
     relay: TcpFaultProxy,
     random: fastrand::Rng,
     /// When a replica was frozen, until it had time to find that out.
@@ -92,7 +93,7 @@ impl Chaos {
         }
         let random = fastrand::Rng::with_seed(seed);
         let (frozen, faults) = (vec![], BTreeMap::new());
-        let mut chaos = Self { log, operator, replicas, relay, random, frozen, faults, _fakes: fakes };
+        let mut chaos = Self { replicas, log, operator, relay, random, frozen, faults, _fakes: fakes };
         (0..2).for_each(|index| chaos.start(index));
         chaos
     }
