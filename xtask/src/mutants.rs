@@ -16,9 +16,14 @@ struct Mutant {
     file: &'static str,
     /// What is replaced by what.
     edits: &'static [(&'static str, &'static str)],
+    /// Where the tests are, as cargo's arguments: in the library, or on real parts.
+    target: &'static [&'static str],
     /// The tests that are run.
     tests: &'static [&'static str],
 }
+
+const UNIT: &[&str] = &["--lib"];
+const INTEGRATION: &[&str] = &["--test", "it"];
 
 const GUARD: (&str, &str) = ("AND (t.{time_completed} IS NULL) IS TRUE ", "");
 const LOCK: (&str, &str) = (" LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED)", " LIMIT {size})");
@@ -31,6 +36,7 @@ const MUTANTS: [Mutant; 9] = [
         name: "neither guard nor lock clause",
         file: STATEMENT,
         edits: &[GUARD, LOCK],
+        target: INTEGRATION,
         tests: &["database::sweep::a_completion_in_flight"],
     },
     Mutant {
@@ -40,59 +46,70 @@ const MUTANTS: [Mutant; 9] = [
             "t.{time_started} {EQUALS} stale.{time_started} AND t.{id} {key_equals} stale.{id}",
             "t.{id} {key_equals} stale.{id}",
         )],
+        target: INTEGRATION,
         tests: &["database::sweep::the_same_id", "database::shapes::partitions"],
     },
     Mutant {
         name: "a lost COMMIT taken as not done",
         file: COMMIT,
         edits: &[("(self.find_out(start, receipt).await, Err(error))", "(Some(false), Err(error))")],
+        target: INTEGRATION,
         tests: &["database::faults::a_lost_answer", "database::faults::a_commit_that_waits"],
     },
     Mutant {
         name: "the end judged by updated rows",
         file: BATCHES,
         edits: &[("if batch.selected < next.rows {", "if batch.completed < next.rows {")],
+        target: INTEGRATION,
         tests: &["database::sweep::batches_go_on"],
     },
     Mutant {
         name: "no cursor from batch to batch",
         file: BATCHES,
         edits: &[("cursor = batch.cursor.or(cursor);", "")],
+        target: INTEGRATION,
         tests: &["database::sweep::batches_go_on"],
     },
     Mutant {
         name: "the predicate of the plain index stated beside the private one",
         file: STATEMENT,
         edits: &[("Some(\"t\") { OpenPredicate::Private }", "Some(\"t\") { OpenPredicate::Plain }")],
+        target: INTEGRATION,
         tests: &["database::plans::a_batch_walks"],
     },
     Mutant {
         name: "keys compared by the operators of text",
         file: STATEMENT,
         edits: &[("operators.unwrap_or_else(", "operators.filter(|_: &[String; 2]| false).unwrap_or_else(")],
+        target: INTEGRATION,
         tests: &["database::shapes::keys_of_type_citext"],
     },
     Mutant {
         name: "an unknown field of the spec ignored",
         file: "src/api/validate.rs",
         edits: &[("None => unknown.push(path),", "None => {}")],
+        target: UNIT,
         tests: &["controller::model"],
     },
     Mutant {
         name: "the lock clause alone removed",
         file: STATEMENT,
         edits: &[LOCK],
+        target: INTEGRATION,
         tests: &["database::sweep::a_completion_in_flight"],
     },
 ];
 
 pub fn run() -> anyhow::Result<ExitCode> {
-    // Always the same place, so that cargo takes up what it built the last time; its dependencies are those of the workspace.
+    // Always the same place, where an unchanged file keeps its time, so that cargo takes up what it built the last time.
     let copy = root().join("target/mutants");
-    if copy.exists() {
-        fs::remove_dir_all(&copy)?;
+    if !copy.join(".git").exists() {
+        output(Command::new("git").arg("clone").arg("--quiet").arg(root()).arg(&copy))?;
     }
-    output(Command::new("git").arg("clone").arg("--quiet").arg(root()).arg(&copy))?;
+    let git = |args: &[&str]| output(Command::new("git").arg("-C").arg(&copy).args(args));
+    git(&["fetch", "--quiet", "origin", "HEAD"])?;
+    git(&["reset", "--quiet", "--hard", "FETCH_HEAD"])?;
+    git(&["clean", "--quiet", "-ffdx"])?;
     let mut missed = 0;
     for mutant in &MUTANTS {
         let started = Instant::now();
@@ -104,7 +121,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
             broken = broken.replace(from, to);
         }
         fs::write(&path, &broken)?;
-        let noticed = !passes(&copy, mutant.tests)?;
+        let noticed = !passes(&copy, mutant)?;
         fs::write(&path, &code)?;
         missed += usize::from(!noticed);
         let verdict = if noticed { "noticed" } else { "MISSED" };
@@ -114,20 +131,17 @@ pub fn run() -> anyhow::Result<ExitCode> {
 }
 
 /// Whether the tests pass on the copy. A mutant that does not compile is no mutant.
-fn passes(copy: &Path, tests: &[&str]) -> anyhow::Result<bool> {
-    let cargo = || {
+fn passes(copy: &Path, mutant: &Mutant) -> anyhow::Result<bool> {
+    let cargo = |rest: &[&str]| {
         let mut cargo = Command::new("cargo");
         cargo.current_dir(copy).env("CARGO_TARGET_DIR", root().join("target"));
+        cargo.args(["test", "--locked", "--workspace", "--no-fail-fast"]).args(mutant.target).args(rest);
         cargo
     };
-    output(cargo().args(["test", "--quiet", "--locked", "--no-run", "--workspace", "--lib", "--test", "it"]))?;
-    let run = cargo()
-        .args(["test", "--locked", "--no-fail-fast", "--workspace", "--lib", "--test", "it", "--"])
-        .args(tests)
-        .output();
-    let run = run.context("cargo cannot be started")?;
+    output(&mut cargo(&["--quiet", "--no-run"]))?;
+    let run = cargo(&["--"]).args(mutant.tests).output().context("cargo cannot be started")?;
     // A name that no test has would pass.
     let ran = String::from_utf8_lossy(&run.stdout).matches("\ntest ").count();
-    ensure!(ran >= tests.len(), "{ran} tests ran for {tests:?}");
+    ensure!(ran >= mutant.tests.len(), "{ran} tests ran for {:?}", mutant.tests);
     Ok(run.status.success())
 }
