@@ -26,7 +26,7 @@ use crate::api::{Failure, Sweeper};
 use crate::database::Target;
 use crate::preflight::{self, PreflightReport};
 use crate::sweep::report::Ended;
-use crate::sweep::statement::Cursor;
+use crate::sweep::start::Cursor;
 use crate::sweep::{self, Connected, Job, Plan, Report};
 
 /// What work on an object needs.

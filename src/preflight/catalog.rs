@@ -14,7 +14,7 @@ use super::json::list;
 use crate::sweep::Plan;
 use crate::sweep::open_index::{INDEX_ORDERED, INDEX_PENDING, NOT_DETACHING, OpenPredicate};
 use crate::sweep::plan::literal;
-use crate::sweep::statement::{LOCK_TIMEOUT, SEARCH_PATH};
+use crate::sweep::transaction::{LOCK_TIMEOUT, SEARCH_PATH};
 
 /// Who answers, and as whom.
 #[derive(Clone, Debug, Deserialize)]

@@ -24,7 +24,7 @@ use crate::api::{Class, Reason};
 use crate::database::error::Step;
 use crate::database::session::{last_row, text};
 use crate::database::{Error, Session, Target};
-use crate::sweep::{Plan, statement};
+use crate::sweep::{Plan, start, statement, transaction};
 
 /// Reaching the database and planning a statement takes far less than this.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -88,7 +88,7 @@ async fn try_values(
 ) -> Result<(), Error> {
     let Some(table) = &facts.table else { return Ok(()) };
     for trial in values::trials(plan, table) {
-        let sql = statement::read_only(&trial.sql, timeout(plan));
+        let sql = transaction::read_only(&trial.sql, timeout(plan));
         match session.query(Step::Preflight, &sql, TIMEOUT).await {
             Ok(answer) => {
                 let answer = last_row(&answer).and_then(|row| text(row, 0));
@@ -120,8 +120,8 @@ async fn ask<T: DeserializeOwned>(session: &Session, sql: &str) -> Result<T, Err
 
 /// The server's plan for the batch that a sweep would run now, a line each.
 async fn batch_steps(session: &Session, plan: &Plan) -> Result<Vec<String>, Error> {
-    let answer = ask_plan(session, &statement::start(plan, timeout(plan))).await?;
-    let start = statement::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
+    let answer = ask_plan(session, &start::start(plan, timeout(plan))).await?;
+    let start = start::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
     let answer = ask_plan(session, &statement::explain(plan, &start, timeout(plan))).await?;
     Ok(lines(&answer))
 }

@@ -14,7 +14,8 @@ use tokio_util::sync::CancellationToken;
 use super::batch_planner::LOCKED;
 use super::recovery::Recovery;
 use super::report::Ended;
-use super::statement::{self, Batch, Cursor, Start};
+use super::start::{self, Cursor, Start};
+use super::statement::{self, Batch};
 use super::throttle::Peers;
 use super::{Plan, Report};
 use crate::api::Failure;
@@ -218,7 +219,7 @@ impl Sweep<'_> {
         let answer = loop {
             // It reads the catalog alone, so `statementTimeout` does not bound it.
             let limit = self.time_left().clamp(MIN_STATEMENT_TIME, START_TIMEOUT);
-            let sql = statement::start(self.plan, limit);
+            let sql = start::start(self.plan, limit);
             match self.session.query(Step::Cutoff, &sql, limit + RESPONSE_GRACE).await {
                 Err(error)
                     if Recovery::from(&error) == Recovery::Later && locked < LOCKED.0 && limit > MIN_STATEMENT_TIME =>
@@ -230,9 +231,9 @@ impl Sweep<'_> {
                 answer => break answer?,
             }
         };
-        let asked = statement::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
+        let asked = start::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
         self.report.database_time = asked.now.map(|now| (now, start.elapsed()));
-        self.report.cutoff = statement::read_time(&asked.cutoff);
+        self.report.cutoff = start::read_time(&asked.cutoff);
         Ok(asked)
     }
 
@@ -269,7 +270,7 @@ impl Sweep<'_> {
         let answer = self.session.query(Step::Backlog, &sql, self.response_timeout()).await?;
         let row = last_row(&answer).ok_or(Error::Answer("the count of the backlog"))?;
         let counted = text(row, 0).and_then(|n| n.parse().ok());
-        let oldest = text(row, 1).and_then(statement::read_time);
+        let oldest = text(row, 1).and_then(start::read_time);
         Ok(Backlog::new(counted.ok_or(Error::Answer("the count of the backlog"))?, bound, oldest))
     }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use super::statement::Cursor;
+use super::start::Cursor;
 use crate::api::Failure;
 use crate::api::status::{Backlog, Outcome};
 

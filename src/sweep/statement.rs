@@ -10,60 +10,13 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use tokio_postgres::SimpleQueryMessage;
 
-use super::open_index::{EQUALS, INDEX_ORDERED, INDEX_PENDING, NOT_DETACHING, OpenPredicate};
-use super::plan::{Names, Plan, literal};
+use super::open_index::EQUALS;
+use super::plan::{Plan, literal};
+use super::start::{Cursor, GREATER, ISO, Start};
+use super::transaction::{LOCK_TIMEOUT, SEARCH_PATH, read_only, settings};
 use crate::database::session::{last_row, text};
-
-/// Waiting for a lock longer than this is a schema change.
-pub const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// A client that was stopped or cut off must not hold its row locks for long.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Times in a form that neither DateStyle nor TimeZone changes.
-const ISO: &str = r#"'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"#;
-
-/// For a transaction that runs no trigger. Without `pg_temp`, a temporary type or table would come before `pg_catalog`.
-/// The server also writes expressions down in one form, with quotes only where they are needed.
-pub const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL quote_all_identifiers = off; ";
-
-/// The server's own operator, whatever an operator of that name elsewhere does.
-const GREATER: &str = "OPERATOR(pg_catalog.>)";
-
-/// What a sweep asks first. It stays the same until the sweep ends.
-#[derive(Clone, Debug)]
-pub struct Start {
-    /// Rows that started before this are stale, as the database writes it.
-    pub cutoff: String,
-    /// The database's clock.
-    pub now: Option<DateTime<Utc>>,
-    /// The predicate of the index that is there.
-    pub predicate: OpenPredicate,
-    /// Whether a key may be shown: a uuid or an integer is no data of the row.
-    pub key_is_shown: bool,
-    /// The key type's own operators, qualified: those of `citext` are in the schema of its extension.
-    key_equals: String,
-    key_greater: String,
-}
-
-impl Start {
-    /// A cursor as the status may keep it: without a key that is data of the row.
-    pub fn shown(&self, cursor: Option<Cursor>) -> Option<Cursor> {
-        cursor.map(|cursor| Cursor { id: cursor.id.filter(|_| self.key_is_shown), ..cursor })
-    }
-}
-
-/// The place in the order of `(time_started, id)` up to which a sweep has looked, as texts of the database's own.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Cursor {
-    /// The start time, as the database writes it.
-    pub time_started: String,
-    /// The key. None: behind every row of that time.
-    pub id: Option<String>,
-}
 
 /// What one batch did, before its COMMIT.
 #[derive(Debug)]
@@ -86,89 +39,6 @@ pub struct Receipt {
     xid: String,
     row: Cursor,
     time_completed: String,
-}
-
-/// Limits that the server keeps for one transaction. SET LOCAL only: a pooler hands a session's settings on to the
-/// next client.
-fn settings(statement_timeout: Duration) -> String {
-    // Zero would switch a limit off. The wait for a lock ends first: the server would else call it a slow statement.
-    let lock_timeout = LOCK_TIMEOUT.min(statement_timeout / 2);
-    let millis = |limit: Duration| limit.as_millis().max(1);
-    format!(
-        "SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = {}; \
-         SET LOCAL idle_in_transaction_session_timeout = {}; SET LOCAL row_security = off; \
-         SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL TimeZone = 'UTC'; \
-         SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL jit = off; SET LOCAL client_min_messages = error; {}",
-        millis(statement_timeout),
-        millis(lock_timeout),
-        millis(IDLE_TIMEOUT),
-        // The one good plan walks the partial index in order. With statistics from before a backlog, or none, the
-        // planner prefers plans that cost a thousand times as much.
-        ["seqscan", "bitmapscan", "hashjoin", "mergejoin", "sort"]
-            .map(|node| format!("SET LOCAL enable_{node} = off; "))
-            .concat(),
-    )
-}
-
-/// Asks for a [`Start`].
-pub fn start(plan: &Plan, statement_timeout: Duration) -> String {
-    let Names { schema, table, id, time_started, time_completed, .. } = &plan.names;
-    let column = |n| {
-        format!("(SELECT a.attname FROM pg_attribute a WHERE (a.attrelid, a.attnum) = (x.indrelid, x.indkey[{n}]))")
-    };
-    // Of a partitioned table's index, only those of the partitions tell whether it may be used.
-    let private = format!(
-        "EXISTS (SELECT FROM pg_index x JOIN pg_class ic ON ic.oid = x.indexrelid JOIN pg_am m ON m.oid = ic.relam \
-         WHERE x.indrelid = tree.oid AND x.indisvalid AND NOT {INDEX_PENDING} AND {INDEX_ORDERED} \
-         AND {} = {} AND {} = {} AND x.indpred IS NOT NULL AND pg_get_expr(x.indpred, x.indrelid) = {})",
-        column(0),
-        literal(time_started),
-        column(1),
-        literal(id),
-        OpenPredicate::Private.written(time_completed)
-    );
-    // Of the default operator class, as the order and the indexes of the column: 3 is "equal", 5 is "greater".
-    let operators = "(SELECT json_agg(format('OPERATOR(%I.%s)', n.nspname, o.oprname) ORDER BY s.amopstrategy) \
-        FROM key JOIN pg_opclass k ON k.opcintype = key.oid AND k.opcdefault \
-        JOIN pg_am m ON m.oid = k.opcmethod AND m.amname = 'btree' \
-        JOIN pg_amop s ON (s.amopfamily, s.amoplefttype, s.amoprighttype) = (k.opcfamily, key.oid, key.oid) \
-          AND s.amopstrategy IN (3, 5) \
-        JOIN pg_operator o ON o.oid = s.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace WHERE key.typbasetype = 0)";
-    let select = format!(
-        "WITH RECURSIVE root AS (SELECT c.oid, c.relkind FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-             WHERE n.nspname = {schema} AND c.relname = {table}), \
-           tree AS (SELECT * FROM root UNION ALL SELECT c.oid, c.relkind FROM tree JOIN pg_inherits i \
-             ON i.inhparent = tree.oid JOIN pg_class c ON c.oid = i.inhrelid WHERE tree.relkind = 'p' AND {NOT_DETACHING}), \
-           key AS (SELECT t.oid, t.typbasetype FROM root JOIN pg_attribute a ON a.attrelid = root.oid AND a.attname = {id} \
-             JOIN pg_type t ON t.oid = a.atttypid \
-             UNION ALL SELECT t.oid, t.typbasetype FROM key JOIN pg_type t ON t.oid = key.typbasetype) \
-         SELECT to_char((now - interval '{timeout} milliseconds') AT TIME ZONE 'UTC', {ISO}), \
-           to_char(now AT TIME ZONE 'UTC', {ISO}), \
-           NOT EXISTS (SELECT FROM tree WHERE tree.relkind <> 'p' AND NOT {private}), {operators}, \
-           (SELECT oid IN ('uuid'::regtype, 'int8'::regtype, 'int4'::regtype, 'int2'::regtype) FROM key WHERE typbasetype = 0) \
-         FROM clock_timestamp() AS now",
-        schema = literal(schema),
-        table = literal(table),
-        id = literal(id),
-        timeout = plan.timeout.as_millis(),
-    );
-    read_only(&select, statement_timeout)
-}
-
-/// Reads the answer of [`start`].
-pub fn read_start(answer: &[SimpleQueryMessage]) -> Option<Start> {
-    let row = last_row(answer)?;
-    // A type without operators of its own has those of a type it is the same as, such as varchar and text.
-    let operators = text(row, 3).and_then(|json| serde_json::from_str(json).ok());
-    let [key_equals, key_greater] = operators.unwrap_or_else(|| [EQUALS, GREATER].map(str::to_owned));
-    Some(Start {
-        cutoff: text(row, 0)?.to_owned(),
-        now: text(row, 1).and_then(read_time),
-        predicate: if text(row, 2) == Some("t") { OpenPredicate::Private } else { OpenPredicate::Plain },
-        key_is_shown: text(row, 4) == Some("t"),
-        key_equals,
-        key_greater,
-    })
 }
 
 /// The stale rows beyond the cursor, oldest first.
@@ -296,14 +166,6 @@ pub fn explain_completion(plan: &Plan, key_type: &str, statement_timeout: Durati
     )
 }
 
-/// Evaluates a SELECT under the settings of a sweep; what it calls can change nothing.
-pub fn read_only(select: &str, statement_timeout: Duration) -> String {
-    format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}{select}; COMMIT",
-        settings(statement_timeout)
-    )
-}
-
 /// Counts the stale rows beyond the cursor, up to one more than `bound`.
 pub fn backlog(plan: &Plan, start: &Start, cursor: Option<&Cursor>, bound: i64, statement_timeout: Duration) -> String {
     let stale = stale(plan, start, cursor);
@@ -346,9 +208,4 @@ pub fn read_batch(answer: &[SimpleQueryMessage]) -> Option<Batch> {
         receipt: receipt(),
         ended: text(row, 8).and_then(|n| n.parse().ok()),
     })
-}
-
-/// Reads a time written in [`ISO`]; None for times that no calendar has, such as `-infinity`.
-pub fn read_time(text: &str) -> Option<DateTime<Utc>> {
-    DateTime::parse_from_rfc3339(text).ok().map(|time| time.to_utc())
 }

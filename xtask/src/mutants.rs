@@ -27,6 +27,7 @@ const INTEGRATION: &[&str] = &["--test", "it"];
 
 const GUARD: (&str, &str) = ("AND (t.{time_completed} IS NULL) IS TRUE ", "");
 const LOCK: (&str, &str) = (" LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED)", " LIMIT {size})");
+const START: &str = "src/sweep/start.rs";
 const STATEMENT: &str = "src/sweep/statement.rs";
 const BATCHES: &str = "src/sweep/execute/batches.rs";
 const COMMIT: &str = "src/sweep/execute/commit.rs";
@@ -72,14 +73,14 @@ const MUTANTS: [Mutant; 9] = [
     },
     Mutant {
         name: "the predicate of the plain index stated beside the private one",
-        file: STATEMENT,
+        file: START,
         edits: &[("Some(\"t\") { OpenPredicate::Private }", "Some(\"t\") { OpenPredicate::Plain }")],
         target: INTEGRATION,
         tests: &["database::plans::a_batch_walks"],
     },
     Mutant {
         name: "keys compared by the operators of text",
-        file: STATEMENT,
+        file: START,
         edits: &[("operators.unwrap_or_else(", "operators.filter(|_: &[String; 2]| false).unwrap_or_else(")],
         target: INTEGRATION,
         tests: &["database::shapes::keys_of_type_citext"],

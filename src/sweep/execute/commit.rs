@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use super::{Sweep, cancel, statement};
+use super::{Start, Sweep, cancel, statement};
 use crate::database::Error;
 use crate::database::error::Step;
 use crate::database::session::{last_row, text};
-use crate::sweep::statement::{Batch, Receipt, Start};
+use crate::sweep::statement::{Batch, Receipt};
 
 /// How long a COMMIT without an answer is looked up.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);

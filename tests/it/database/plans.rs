@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use audit_log_sweeper::sweep::statement;
+use audit_log_sweeper::sweep::{start, statement};
 use serde_json::json;
 
 use crate::fixtures::{AuditTable, id};
@@ -78,8 +78,8 @@ async fn plan(log: &AuditTable, sql: &str) -> Vec<String> {
 /// The plan of the next batch.
 pub async fn batch_plan(log: &AuditTable) -> Vec<String> {
     let (job, limit) = (log.job(json!({})).plan, Duration::from_secs(5));
-    let answer = log.client.simple_query(&statement::start(&job, limit)).await.unwrap();
-    plan(log, &statement::explain(&job, &statement::read_start(&answer).unwrap(), limit)).await
+    let answer = log.client.simple_query(&start::start(&job, limit)).await.unwrap();
+    plan(log, &statement::explain(&job, &start::read_start(&answer).unwrap(), limit)).await
 }
 
 /// The whole plan of a batch on one table.

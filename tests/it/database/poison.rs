@@ -171,7 +171,7 @@ async fn while_it_goes_on_behind_refused_rows_a_limit_keeps_the_place() {
     let first = log.sweep(json!({ "limit": 2 })).await;
     assert_eq!((first.timed_out, first.resume_after), (2, None));
     let mut job = log.job(json!({ "limit": 3 }));
-    job.resume_after = Some(audit_log_sweeper::sweep::statement::Cursor {
+    job.resume_after = Some(audit_log_sweeper::sweep::start::Cursor {
         time_started: log.query(&format!("SELECT time_started FROM audit_log WHERE id = '{}'", id(5))).await.remove(0),
         id: Some(id(5)),
     });
