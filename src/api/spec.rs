@@ -256,28 +256,48 @@ pub struct ClientCertSecretRef {
 #[derive(KubeSchema, Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Columns {
-    /// The key of a row: a column of type uuid, bigint or text.
+    /// The key of a row: one column of type uuid, bigint, integer, smallint, text, varchar, char, citext, numeric or bytea, or
+    /// of a domain over one of these.
     #[serde(default = "default_id")]
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = identifier())]
     pub id: String,
 
-    /// When the request started: a timestamptz column, never NULL.
+    /// When the request started: a column of type timestamptz or timestamp, never NULL.
     #[serde(default = "default_time_started")]
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = identifier())]
     pub time_started: String,
 
-    /// When the request was completed: a timestamptz column, NULL in a row that is still open.
+    /// When the request was completed: a column of type timestamptz or timestamp, NULL in a row that is still open.
     #[serde(default = "default_time_completed")]
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = identifier())]
     pub time_completed: String,
+
+    /// Time zone of `timestamp` columns, which do not say it themselves: the one in which the application writes them. A name
+    /// of the IANA time zone database, such as `Europe/Berlin`. `timestamptz` columns need none.
+    #[serde(default = "default_time_zone")]
+    #[schemars(length(max = 64))]
+    #[x_kube(validation = Rule::new(TIME_ZONE).message(TIME_ZONE_MESSAGE))]
+    pub time_zone: String,
 }
+
+/// The API server knows the zones. Of what it takes for one besides, PostgreSQL has another opinion, or none.
+pub const TIME_ZONE: &str = "self.matches('^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$') && self != 'Local' && timestamp('2000-01-01T00:00:00Z').getHours(self) >= 0";
+
+/// What is said of others.
+pub const TIME_ZONE_MESSAGE: &str =
+    "must be the name of a time zone in the IANA database, such as UTC or Europe/Berlin";
 
 impl Default for Columns {
     fn default() -> Self {
-        Self { id: default_id(), time_started: default_time_started(), time_completed: default_time_completed() }
+        Self {
+            id: default_id(),
+            time_started: default_time_started(),
+            time_completed: default_time_completed(),
+            time_zone: default_time_zone(),
+        }
     }
 }
 
@@ -333,6 +353,10 @@ fn default_time_started() -> String {
 
 fn default_time_completed() -> String {
     "time_completed".into()
+}
+
+fn default_time_zone() -> String {
+    "UTC".into()
 }
 
 fn default_complete() -> Vec<Completion> {

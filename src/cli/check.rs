@@ -103,7 +103,7 @@ fn json_finding(finding: &Finding) -> Value {
         "reason": finding.reason.as_str(),
         "message": finding.message,
         "fix": finding.fix.as_ref().map(|fix| match fix {
-            Fix::Sql { drop_first, parts } => json!({ "dropFirst": drop_first, "steps": parts.iter().map(json_part).collect::<Vec<_>>() }),
+            Fix::Sql(parts) => json!({ "steps": parts.iter().map(json_part).collect::<Vec<_>>() }),
             Fix::Field(field) => json!({ "field": field }),
         }),
     })
@@ -138,7 +138,7 @@ fn text_report(checked: &PreflightReport) -> String {
     };
     let verdict = if checked.ready() { "ready" } else { "not ready" };
     lines.push(format!("\n-- {verdict}: {}, {}", count("error"), count("warning")));
-    if checked.findings.iter().any(|finding| matches!(finding.fix, Some(Fix::Sql { .. }))) {
+    if checked.findings.iter().any(|finding| matches!(finding.fix, Some(Fix::Sql(_)))) {
         lines.push(
             "-- SQL: each statement by itself, not in one transaction (psql without -1), as the role named above it"
                 .into(),
@@ -147,21 +147,12 @@ fn text_report(checked: &PreflightReport) -> String {
     for finding in &checked.findings {
         let head = format!("\n-- {} ({})", finding.reason.as_str(), finding.subject);
         match &finding.fix {
-            Some(Fix::Sql { drop_first, parts }) => {
-                let by_itself = drop_first.is_empty();
+            Some(Fix::Sql(parts)) => {
                 let mut lead = format!("{head}:");
-                if !by_itself {
-                    lines.push(format!("{lead} does not run as it is. First drop this, and make it again after:"));
-                    lines.extend(drop_first.iter().map(|dependant| format!("--   {}", one_line(dependant))));
-                    lead = "-- in between".into();
-                }
                 for part in parts {
                     lines.push(format!("{lead} as {}", one_line(&part.run_as.to_string())));
                     lead = "-- then".into();
-                    // What does not run as it is, is a comment.
-                    let write =
-                        |sql: &String| if by_itself { format!("{sql};") } else { format!("-- {};", one_line(sql)) };
-                    lines.extend(part.statements.iter().map(write));
+                    lines.extend(part.statements.iter().map(|sql| format!("{sql};")));
                 }
             }
             Some(Fix::Field(field)) if field == "spec.database.secretRef" => {

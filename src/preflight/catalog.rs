@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::dependants::Dependant;
 use super::json::list;
 use crate::sweep::Plan;
 use crate::sweep::open_index::{INDEX_ORDERED, INDEX_PENDING, NOT_DETACHING, OpenPredicate};
@@ -103,9 +102,7 @@ pub struct Column {
     /// The type that a domain is over in the end, or the type itself.
     pub base_schema: String,
     pub base: String,
-    /// The default, as SQL.
-    pub default: Option<String>,
-    /// The type's modifier: the digits of a second for a timestamptz, or -1.
+    /// The base type's modifier: the digits of a second for a time, or -1.
     pub typmod: i64,
     /// NULL is refused, and was always.
     pub not_null: bool,
@@ -120,8 +117,6 @@ pub struct Column {
     pub labels: Option<Vec<String>>,
     /// Who may add a label.
     pub type_owner: String,
-    /// What has a say when the type of a column that a sweep reads is altered.
-    pub dependants: Vec<Dependant>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -239,7 +234,7 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
                  AND c.relpersistence <> 't'"
             )
         ),
-        about_table = table::question(plan),
+        about_table = table::question(),
         tree = list(
             &format!(
                 "json_build_object('oid', c.oid::bigint, 'parent', tree.parent::bigint, 'schema', n.nspname, \

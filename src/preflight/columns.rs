@@ -103,7 +103,7 @@ impl Judge<'_> {
         let (table, column) = (&self.plan.table, quoted(name));
         let mut fix = self.by_owners([fix::alter(table, &format!("ADD COLUMN {column} text"))]);
         // The owner has it.
-        if let Fix::Sql { parts, .. } = &mut fix
+        if let Fix::Sql(parts) = &mut fix
             && !self.table.owned
         {
             let grant = format!("GRANT UPDATE ({column}) ON {table} TO {}", quoted(&self.server.user));

@@ -95,12 +95,7 @@ impl Severity {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Fix {
     /// Statements, part after part.
-    Sql {
-        /// What PostgreSQL wants gone before it runs them, by kind and name: to be dropped by hand, and made again
-        /// after. Empty: they run as they are.
-        drop_first: Vec<String>,
-        parts: Vec<Part>,
-    },
+    Sql(Vec<Part>),
     /// The field of the AuditLogSweeper to change.
     Field(String),
 }
@@ -165,17 +160,9 @@ impl Finding {
     /// What is wrong and what fixes it, for a condition or an event.
     pub fn in_one_line(&self) -> String {
         match &self.fix {
-            Some(Fix::Sql { drop_first, parts }) => {
+            Some(Fix::Sql(parts)) => {
                 let parts = parts.iter().map(|part| format!("run as {}: {}", part.run_as, part.statements.join("; ")));
-                let parts = parts.collect::<Vec<_>>().join("; then ");
-                match drop_first.as_slice() {
-                    [] => format!("{}; to fix it, {parts}", self.message),
-                    drop_first => format!(
-                        "{}; to fix it, drop {}, make them again at the end, and in between {parts}",
-                        self.message,
-                        drop_first.join(", ")
-                    ),
-                }
+                format!("{}; to fix it, {}", self.message, parts.collect::<Vec<_>>().join("; then "))
             }
             Some(Fix::Field(field)) => format!("{}; check {field}", self.message),
             None => self.message.clone(),

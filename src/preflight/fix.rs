@@ -33,7 +33,7 @@ pub fn sql(run_as: RunAs, statements: impl IntoIterator<Item = String>) -> Fix {
 
 /// A fix for several roles, one after the other.
 pub fn parts(parts: impl IntoIterator<Item = Part>) -> Fix {
-    Fix::Sql { drop_first: vec![], parts: parts.into_iter().collect() }
+    Fix::Sql(parts.into_iter().collect())
 }
 
 /// What one role runs.
@@ -94,22 +94,6 @@ pub fn field(path: impl Into<String>) -> Fix {
 /// One action of ALTER TABLE.
 pub fn alter(table: &str, action: &str) -> String {
     format!("ALTER TABLE {table} {action}")
-}
-
-/// Another type for a column. A default is set again as the expression given for it: the server would else take the old
-/// one over by a cast of its own, or fail.
-pub fn retype(table: &str, column: &str, type_: &str, using: &str, default: Option<&str>) -> String {
-    let column = escape_identifier(column);
-    let retype = format!("ALTER COLUMN {column} TYPE {type_} USING {column}{using}");
-    alter(
-        table,
-        &match default {
-            None => retype,
-            Some(default) => {
-                format!("ALTER COLUMN {column} DROP DEFAULT, {retype}, ALTER COLUMN {column} SET DEFAULT {default}")
-            }
-        },
-    )
 }
 
 /// Refuses NULL in a column. Rows are looked through by VALIDATE, while others write; SET NOT NULL then believes it.

@@ -159,11 +159,12 @@ impl Judge<'_> {
         }
         for column in columns.iter().filter(|column| !column.not_null) {
             let message = format!(
-                "{} may be NULL: such a row is never completed. The SQL fails at VALIDATE while there is one",
+                "{} may be NULL: such a row is never completed, and can fail the batch that it is in. The SQL fails at VALIDATE \
+                 while there is one",
                 quoted(&column.name)
             );
             let fix = self.by_owners(fix::set_not_null(&self.plan.table, &column.name));
-            checked.find(Subject::Key, NotReady, Reason::SchemaMismatch, message, fix);
+            checked.find(Subject::Key, Blocking, Reason::SchemaMismatch, message, fix);
         }
         let wanted = Wanted { unique: true, columns: [id, started], open: None, suffix: "_sweep_key" };
         if wanted.is_there(self.facts) {
@@ -183,7 +184,10 @@ impl Judge<'_> {
                 ),
                 field("spec.table"),
             ),
-            None => ("; the SQL fails while two rows share one".into(), parts(wanted.parts(self.facts))),
+            None => (
+                format!("{}; the SQL fails while two rows share one", self.composite_key()),
+                parts(wanted.parts(self.facts)),
+            ),
         };
         let obstacle = wanted.obstacle(self.facts).map(|why| format!(" ({why})")).unwrap_or_default();
         let message = format!(
@@ -192,6 +196,16 @@ impl Judge<'_> {
             fix::names([id, started])
         );
         checked.find(Subject::Key, Blocking, Reason::SchemaMismatch, message, fix);
+    }
+
+    /// The key of several columns that the table has instead, if it has one.
+    fn composite_key(&self) -> String {
+        let unique = self.root.indexes.iter().filter(|index| index.unique && index.constraint && !index.partial);
+        let mut composite = unique.filter(|index| index.columns.len() > 1);
+        composite.next().map_or_else(String::new, |index| {
+            let columns = index.columns.iter().flatten().map(String::as_str);
+            format!(". Its key is ({}), and a key of several columns is not supported", fix::names(columns))
+        })
     }
 
     fn index(&self, checked: &mut PreflightReport) {

@@ -4,7 +4,6 @@
 mod batch;
 mod catalog;
 mod columns;
-mod dependants;
 mod finding;
 mod fix;
 mod index;

@@ -40,9 +40,14 @@ const MIN_STATEMENT_TIME: Duration = Duration::from_millis(20);
 /// So many of them are named.
 pub const MAX_LISTED_KEYS: usize = 10;
 
-/// From this many completed rows on, the backlog is counted from the cursor. From the start, the count would read the index
-/// entries of the rows just completed.
-const COUNT_FROM_CURSOR: i64 = 10_000;
+/// So long after its deadline a sweep waits for the answer to a COMMIT that it has sent.
+const COMMIT_GRACE: Duration = Duration::from_secs(2);
+
+/// So long after its deadline it has looked up what became of that.
+const LOOKUP_GRACE: Duration = Duration::from_secs(4);
+
+/// Counting what is left may take this long where the deadline leaves less.
+const MIN_COUNT_TIME: Duration = Duration::from_secs(1);
 
 /// The input of one attempt at a sweep.
 #[derive(Clone, Debug)]
@@ -131,19 +136,19 @@ async fn sweep_with(
     let Job { plan, target, limit, resume_after, peers } = job;
     let Connected { session, start } = connected;
     let deadline = start + plan.deadline;
-    let mut sweep = Sweep { plan, target, session, resume_after, peers, deadline, stop, report };
+    let mut sweep = Sweep { plan, target, session, server: None, resume_after, peers, deadline, stop, report };
     let asked = tokio::select! {
         asked = sweep.ask_start(start) => asked?,
         () = stop.cancelled() => return Ok(Ended::Stopped),
     };
-    let (ended, cursor) = match plan.mode {
+    let ended = match plan.mode {
         Mode::Apply => sweep.batches(&asked, *limit).await?,
         Mode::Observe => {
             tokio::select! {
                 explained = explain(&sweep.session, plan, &asked) => explained?,
                 () = stop.cancelled() => return Ok(Ended::Stopped),
             }
-            (Ended::Observed, None)
+            Ended::Observed
         }
     };
     if ended == Ended::DeadlineReached && sweep.report.batches == 0 {
@@ -152,15 +157,14 @@ async fn sweep_with(
     let ended = match ended {
         Ended::Drained | Ended::LimitReached | Ended::Observed => {
             let counted = tokio::select! {
-                backlog = sweep.backlog(&asked, cursor.as_ref()) => Some(backlog?),
-                () = stop.cancelled() => None,
+                backlog = sweep.backlog(&asked) => backlog?,
+                () = stop.cancelled() => {
+                    drop(timeout(cancel::CANCEL, sweep.session.cancel()).await);
+                    return Ok(ended);
+                }
             };
-            let Some(backlog) = counted else {
-                drop(timeout(cancel::CANCEL, sweep.session.cancel()).await);
-                return Ok(ended);
-            };
-            let nothing_left = backlog.remaining == 0;
-            sweep.report.backlog = Some(backlog);
+            let nothing_left = counted.as_ref().is_some_and(|backlog| backlog.remaining == 0);
+            sweep.report.backlog = counted;
             // Nothing is left, so the limit did not end the sweep early.
             if nothing_left && ended == Ended::LimitReached { Ended::Drained } else { ended }
         }
@@ -173,7 +177,7 @@ async fn sweep_with(
 /// Has the server plan the statement of a batch.
 async fn explain(session: &Session, plan: &Plan, start: &Start) -> Result<(), Error> {
     let limit = plan.statement_timeout.min(EXPLAIN_TIMEOUT);
-    let planned = session.query(Step::Preflight, &statement::explain(plan, start, limit), EXPLAIN_TIMEOUT).await;
+    let planned = session.query(Step::Preflight, &statement::explain(plan, start, limit), limit + RESPONSE_GRACE).await;
     if planned.is_err() {
         session.rollback().await;
     }
@@ -184,6 +188,8 @@ struct Sweep<'a> {
     plan: &'a Plan,
     target: &'a Target,
     session: Session,
+    /// Which server it is on, if that can tell.
+    server: Option<String>,
     resume_after: &'a Option<Cursor>,
     peers: &'a Peers,
     deadline: Instant,
@@ -220,7 +226,14 @@ impl Sweep<'_> {
             // It reads the catalog alone, so `statementTimeout` does not bound it.
             let limit = self.time_left().clamp(MIN_STATEMENT_TIME, START_TIMEOUT);
             let sql = start::start(self.plan, limit);
-            match self.session.query(Step::Cutoff, &sql, limit + RESPONSE_GRACE).await {
+            let which = statement::server();
+            // Side by side: where the server cannot tell which one it is, the sweep goes on all the same.
+            let (server, answer) = tokio::join!(
+                self.session.query(Step::Lookup, &which, limit + RESPONSE_GRACE),
+                self.session.query(Step::Cutoff, &sql, limit + RESPONSE_GRACE)
+            );
+            self.server = server.ok().and_then(|answer| Some(text(last_row(&answer)?, 0)?.to_owned()));
+            match answer {
                 Err(error)
                     if Recovery::from(&error) == Recovery::Later && locked < LOCKED.0 && limit > MIN_STATEMENT_TIME =>
                 {
@@ -262,19 +275,26 @@ impl Sweep<'_> {
         if self.stop.is_cancelled() { Ended::Stopped } else { Ended::DeadlineReached }
     }
 
-    /// Counts the stale rows that are left.
-    async fn backlog(&mut self, start: &Start, cursor: Option<&Cursor>) -> Result<Backlog, Error> {
+    /// Counts the stale rows that are left. None: there was no time for it.
+    async fn backlog(&mut self, start: &Start) -> Result<Option<Backlog>, Error> {
         let bound = self.plan.backlog_bound();
-        let cursor = cursor.filter(|_| self.report.timed_out >= COUNT_FROM_CURSOR);
-        let sql = statement::backlog(self.plan, start, cursor, bound, self.plan.statement_timeout);
-        let answer = self.session.query(Step::Backlog, &sql, self.response_timeout()).await?;
+        let limit = self.plan.statement_timeout.min(self.time_left().max(MIN_COUNT_TIME));
+        let sql = statement::backlog(self.plan, start, bound, limit);
+        let answer = match self.session.query(Step::Backlog, &sql, limit + MIN_COUNT_TIME).await {
+            Err(error) if limit < self.plan.statement_timeout && is_slow(&error) => {
+                self.session.rollback().await;
+                return Ok(None);
+            }
+            answer => answer?,
+        };
         let row = last_row(&answer).ok_or(Error::Answer("the count of the backlog"))?;
         let counted = text(row, 0).and_then(|n| n.parse().ok());
         let oldest = text(row, 1).and_then(start::read_time);
-        Ok(Backlog::new(counted.ok_or(Error::Answer("the count of the backlog"))?, bound, oldest))
+        Ok(Some(Backlog::new(counted.ok_or(Error::Answer("the count of the backlog"))?, bound, oldest)))
     }
+}
 
-    fn response_timeout(&self) -> Duration {
-        self.plan.statement_timeout + RESPONSE_GRACE
-    }
+/// Whether a statement took longer than it was given.
+fn is_slow(error: &Error) -> bool {
+    error.sqlstate() == Some("57014") || matches!(error, Error::Timer { .. })
 }

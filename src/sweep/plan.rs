@@ -24,6 +24,8 @@ pub struct Plan {
     pub time_started: String,
     /// The column of the completion time, quoted.
     pub time_completed: String,
+    /// What `timestamp` columns mean, as a literal.
+    pub time_zone: String,
     /// `, "column" = 'value'` for each further column to set.
     pub assignments: String,
     /// Whether to complete rows, or only to count them.
@@ -82,6 +84,7 @@ impl Plan {
             id: escape_identifier(&spec.columns.id),
             time_started: escape_identifier(&spec.columns.time_started),
             time_completed: escape_identifier(&spec.columns.time_completed),
+            time_zone: literal(&spec.columns.time_zone),
             assignments,
             names: Names {
                 schema: spec.schema.clone(),

@@ -16,20 +16,66 @@ pub const ISO: &str = r#"'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"#;
 /// The server's own operator, whatever an operator of that name elsewhere does.
 pub const GREATER: &str = "OPERATOR(pg_catalog.>)";
 
+/// Digits of a second that the server's clock has.
+const CLOCK_DIGITS: u32 = 6;
+
 /// What a sweep asks first. It stays the same until the sweep ends.
 #[derive(Clone, Debug)]
 pub struct Start {
-    /// Rows that started before this are stale, as the database writes it.
+    /// Rows that started before this are stale.
     pub cutoff: String,
+    /// The same in the terms of the column of the start time. A row that it calls stale is, whatever clock changes lie between
+    /// its start and now, and however coarse the column is.
+    pub bound: String,
+    /// How the columns of times say when something was.
+    pub started: TimeColumn,
+    pub completed: TimeColumn,
     /// The database's clock.
     pub now: Option<DateTime<Utc>>,
     /// The predicate of the index that is there.
     pub predicate: OpenPredicate,
+    /// How a row is locked before it is updated: as the update itself does.
+    pub lock: &'static str,
     /// Whether a key may be shown: a uuid or an integer is no data of the row.
     pub key_is_shown: bool,
     /// The key type's own operators, qualified: those of `citext` are in the schema of its extension.
     pub key_equals: String,
     pub key_greater: String,
+}
+
+/// How a column says when something was.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct TimeColumn {
+    /// `timestamp`, which says it by the clock of `spec.columns.timeZone`. Else it is `timestamptz`.
+    pub local: bool,
+    /// Digits of a second, where the column keeps fewer than the server's clock has.
+    pub digits: Option<u32>,
+}
+
+impl TimeColumn {
+    fn read(is_local: Option<&str>, typmod: Option<&str>) -> Self {
+        let digits = typmod.and_then(|typmod| typmod.parse().ok()).filter(|digits| *digits < CLOCK_DIGITS);
+        Self { local: is_local == Some("t"), digits }
+    }
+
+    /// The present time as the column keeps it, never later than the clock: the server rounds to the nearest.
+    pub fn now(self, plan: &Plan) -> String {
+        let mut now = "pg_catalog.clock_timestamp()".to_owned();
+        if self.local {
+            now.push_str(&format!(" AT TIME ZONE {}", plan.time_zone));
+        }
+        if let Some(digits) = self.digits {
+            let half = 0.5 / 10_f64.powi(i32::try_from(digits).unwrap_or_default());
+            now = format!("({now}) OPERATOR(pg_catalog.-) '{half} seconds'::pg_catalog.interval");
+        }
+        format!("(SELECT {now})")
+    }
+
+    /// A time of the column in UTC, without a zone.
+    pub fn in_utc(self, time: &str, plan: &Plan) -> String {
+        let zone = if self.local { format!(" AT TIME ZONE {}", plan.time_zone) } else { String::new() };
+        format!("{time}{zone} AT TIME ZONE 'UTC'")
+    }
 }
 
 impl Start {
@@ -71,26 +117,61 @@ pub fn start(plan: &Plan, statement_timeout: Duration) -> String {
         JOIN pg_am m ON m.oid = k.opcmethod AND m.amname = 'btree' \
         JOIN pg_amop s ON (s.amopfamily, s.amoplefttype, s.amoprighttype) = (k.opcfamily, key.oid, key.oid) \
           AND s.amopstrategy IN (3, 5) \
-        JOIN pg_operator o ON o.oid = s.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace WHERE key.typbasetype = 0)";
+        JOIN pg_operator o ON o.oid = s.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace)";
     let select = format!(
         "WITH RECURSIVE root AS (SELECT c.oid, c.relkind FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
              WHERE n.nspname = {schema} AND c.relname = {table}), \
            tree AS (SELECT * FROM root UNION ALL SELECT c.oid, c.relkind FROM tree JOIN pg_inherits i \
              ON i.inhparent = tree.oid JOIN pg_class c ON c.oid = i.inhrelid WHERE tree.relkind = 'p' AND {NOT_DETACHING}), \
-           key AS (SELECT t.oid, t.typbasetype FROM root JOIN pg_attribute a ON a.attrelid = root.oid AND a.attname = {id} \
+           type AS (SELECT a.attname, t.oid, a.atttypmod AS typmod, t.typbasetype, t.typtypmod FROM root \
+             JOIN pg_attribute a ON a.attrelid = root.oid AND a.attname IN ({id}, {time_started}, {time_completed}) \
              JOIN pg_type t ON t.oid = a.atttypid \
-             UNION ALL SELECT t.oid, t.typbasetype FROM key JOIN pg_type t ON t.oid = key.typbasetype) \
-         SELECT to_char((now - interval '{timeout} milliseconds') AT TIME ZONE 'UTC', {ISO}), \
-           to_char(now AT TIME ZONE 'UTC', {ISO}), \
+             UNION ALL SELECT type.attname, t.oid, type.typtypmod, t.typbasetype, t.typtypmod FROM type \
+             JOIN pg_type t ON t.oid = type.typbasetype), \
+           key AS (SELECT * FROM type WHERE typbasetype = 0 AND attname = {id}), \
+           started AS (SELECT *, oid = 'timestamp'::regtype AS local FROM type WHERE typbasetype = 0 AND attname = {time_started}), \
+           completed AS (SELECT *, oid = 'timestamp'::regtype AS local FROM type WHERE typbasetype = 0 AND attname = {time_completed}), \
+           clock AS (SELECT now, now - interval '{timeout} milliseconds' AS cutoff FROM clock_timestamp() AS now) \
+         SELECT to_char(cutoff AT TIME ZONE 'UTC', {ISO}), to_char(now AT TIME ZONE 'UTC', {ISO}), \
            NOT EXISTS (SELECT FROM tree WHERE tree.relkind <> 'p' AND NOT {private}), {operators}, \
-           (SELECT oid IN ('uuid'::regtype, 'int8'::regtype, 'int4'::regtype, 'int2'::regtype) FROM key WHERE typbasetype = 0) \
-         FROM clock_timestamp() AS now",
+           (SELECT oid IN ('uuid'::regtype, 'int8'::regtype, 'int4'::regtype, 'int2'::regtype) FROM key), \
+           {bound}, (SELECT local FROM started), (SELECT typmod FROM started), \
+           (SELECT local FROM completed), (SELECT typmod FROM completed), {changes_a_key} FROM clock",
         schema = literal(schema),
         table = literal(table),
         id = literal(id),
+        time_started = literal(time_started),
+        time_completed = literal(time_completed),
         timeout = plan.timeout.as_millis(),
+        bound = bound(&plan.time_zone),
+        changes_a_key = changes_a_key(&plan.names),
     );
     read_only(&select, statement_timeout)
+}
+
+/// The cutoff in the terms of the column. A clock that was turned back since then showed an earlier time later: only up to
+/// 24 hours after the cutoff can that be before what it showed at the cutoff. An application may cut a time off at the digits
+/// that the column keeps, so a row may count as a digit older than it is.
+pub fn bound(zone: &str) -> String {
+    format!(
+        "(SELECT CASE WHEN local \
+            THEN to_char(least(cutoff AT TIME ZONE {zone}, p AT TIME ZONE {zone} - (p - cutoff)) - digit, 'YYYY-MM-DD HH24:MI:SS.US') \
+            ELSE to_char((cutoff - digit) AT TIME ZONE 'UTC', {ISO}) END \
+          FROM started, least(now, cutoff + interval '24 hours') AS p, \
+            make_interval(secs => CASE WHEN typmod BETWEEN 0 AND 5 THEN 10.0 ^ -typmod ELSE 0 END) AS digit)"
+    )
+}
+
+/// Whether an update changes a column that foreign keys could refer to. It then waits for whoever inserts such a reference,
+/// unless the row is locked as strongly before. Source: `RelationGetIndexAttrBitmap` in PostgreSQL's `relcache.c`.
+fn changes_a_key(names: &Names) -> String {
+    let set = names.complete.iter().map(|(name, _)| name).chain([&names.time_completed]);
+    let set = set.map(|name| literal(name)).collect::<Vec<_>>().join(", ");
+    format!(
+        "EXISTS (SELECT FROM tree JOIN pg_index x ON x.indrelid = tree.oid \
+           JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = ANY ((x.indkey::int2[])[0 : x.indnkeyatts - 1]) \
+         WHERE x.indisunique AND x.indislive AND x.indexprs IS NULL AND x.indpred IS NULL AND a.attname IN ({set}))"
+    )
 }
 
 /// Reads the answer of [`start`].
@@ -101,6 +182,10 @@ pub fn read_start(answer: &[SimpleQueryMessage]) -> Option<Start> {
     let [key_equals, key_greater] = operators.unwrap_or_else(|| [EQUALS, GREATER].map(str::to_owned));
     Some(Start {
         cutoff: text(row, 0)?.to_owned(),
+        bound: text(row, 5).or(text(row, 0))?.to_owned(),
+        started: TimeColumn::read(text(row, 6), text(row, 7)),
+        completed: TimeColumn::read(text(row, 8), text(row, 9)),
+        lock: if text(row, 10) == Some("t") { "UPDATE" } else { "NO KEY UPDATE" },
         now: text(row, 1).and_then(read_time),
         predicate: if text(row, 2) == Some("t") { OpenPredicate::Private } else { OpenPredicate::Plain },
         key_is_shown: text(row, 4) == Some("t"),

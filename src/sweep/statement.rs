@@ -23,7 +23,9 @@ use crate::database::session::{last_row, text};
 pub struct Batch {
     /// Rows selected and locked.
     pub selected: i64,
-    /// Rows completed. Fewer than selected: a trigger suppressed the update.
+    /// Rows updated. More than selected: a key means several rows.
+    pub updated: i64,
+    /// Rows with a completion time now. Fewer than selected: a trigger suppressed the update, or took the time away.
     pub completed: i64,
     /// The last row selected: where the next batch goes on. None: nothing was selected.
     pub cursor: Option<Cursor>,
@@ -39,6 +41,46 @@ pub struct Receipt {
     xid: String,
     row: Cursor,
     time_completed: String,
+}
+
+/// What a server tells of a receipt.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Evidence {
+    /// It is a standby, which may lag behind.
+    pub standby: bool,
+    /// It is the server that ran the batch. None: the server cannot tell which one it is.
+    pub same_server: Option<bool>,
+    /// How the transaction ended: `committed`, `aborted`, or `in progress`. None: the server does not know.
+    pub transaction: Option<String>,
+    /// The row: `open`, or `completed` at the time of the receipt. None: neither.
+    pub row: Option<String>,
+}
+
+impl Evidence {
+    /// Whether the transaction was committed: on the server that ran it, the transaction decides; on another, the row does.
+    pub fn fate(&self) -> Fate {
+        let (transaction, row) = (self.transaction.as_deref(), self.row.as_deref());
+        match (self.standby, self.same_server, transaction, row) {
+            (true, ..) | (_, _, Some("in progress"), _) => Fate::AskAgain,
+            (_, Some(true), Some("committed"), _) => Fate::Committed,
+            (_, Some(true), Some("aborted"), _) => Fate::NotCommitted,
+            (_, Some(true), ..) => Fate::Unknown,
+            (_, _, _, Some("completed")) => Fate::Committed,
+            (_, _, _, Some("open")) => Fate::NotCommitted,
+            _ => Fate::Unknown,
+        }
+    }
+}
+
+/// What became of a transaction whose COMMIT was not answered.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Fate {
+    Committed,
+    NotCommitted,
+    /// It may be known later.
+    AskAgain,
+    /// It will not be known.
+    Unknown,
 }
 
 /// The stale rows beyond the cursor, oldest first.
@@ -64,14 +106,14 @@ fn stale(plan: &Plan, start: &Start, cursor: Option<&Cursor>) -> String {
         "SELECT {time_started}, {id} FROM {table} \
          WHERE {} AND {time_started} OPERATOR(pg_catalog.<) {}{beyond} ORDER BY {time_started}, {id}",
         start.predicate.sql(time_completed),
-        literal(&start.cutoff)
+        literal(&start.bound)
     )
 }
 
 /// Completes the next `size` stale rows.
 ///
 /// - The rows are chosen once (MATERIALIZED) and locked, skipping those that somebody is completing right now.
-///   NO KEY UPDATE lets others insert rows that reference them.
+///   NO KEY UPDATE lets others insert rows that reference them, where the update itself does.
 /// - The join is on both columns: an id alone may repeat in a partitioned table. By `ctid` it would be a little faster (3
 ///   to 8 % of a drain), but a right to that column is in no grant of the columns that a sweep needs.
 /// - The guard `time_completed IS NULL` is the promise that a complete row is never touched. It is spelt
@@ -83,20 +125,22 @@ fn stale(plan: &Plan, start: &Start, cursor: Option<&Cursor>) -> String {
 ///   snapshot's end tells from batch to batch how many transactions of others wrote meanwhile.
 fn update(plan: &Plan, start: &Start, cursor: Option<&Cursor>, size: i64) -> String {
     let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
-    let (stale, key_equals) = (stale(plan, start, cursor), &start.key_equals);
+    let (stale, now) = (stale(plan, start, cursor), start.completed.now(plan));
+    let Start { key_equals, lock, .. } = start;
     format!(
-        "WITH stale AS MATERIALIZED ({stale} LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED), \
-         done AS (UPDATE {table} AS t SET {time_completed} = (SELECT pg_catalog.clock_timestamp()){assignments} \
+        "WITH stale AS MATERIALIZED ({stale} LIMIT {size} FOR {lock} SKIP LOCKED), \
+         done AS (UPDATE {table} AS t SET {time_completed} = {now}{assignments} \
            FROM stale WHERE t.{time_started} {EQUALS} stale.{time_started} AND t.{id} {key_equals} stale.{id} \
            AND (t.{time_completed} IS NULL) IS TRUE \
            RETURNING t.{time_started}, t.{id}, t.{time_completed}) \
-         SELECT s.n, d.n, pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text, last.ts, last.id, one.ts, one.id, one.at, \
+         SELECT s.n, d.n, d.completed, pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text, last.ts, last.id, one.ts, one.id, one.at, \
            pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::pg_catalog.text FROM \
-           (SELECT pg_catalog.count(*) AS n FROM stale) AS s CROSS JOIN (SELECT pg_catalog.count(*) AS n FROM done) AS d \
+           (SELECT pg_catalog.count(*) AS n FROM stale) AS s \
+           CROSS JOIN (SELECT pg_catalog.count(*) AS n, pg_catalog.count({time_completed}) AS completed FROM done) AS d \
            LEFT JOIN (SELECT {time_started}::pg_catalog.text AS ts, {id}::pg_catalog.text AS id FROM stale \
              ORDER BY stale.{time_started} DESC, stale.{id} DESC LIMIT 1) AS last ON true \
            LEFT JOIN (SELECT {time_started}::pg_catalog.text AS ts, {id}::pg_catalog.text AS id, {time_completed}::pg_catalog.text AS at FROM done \
-             LIMIT 1) AS one ON true"
+             WHERE {time_completed} IS NOT NULL LIMIT 1) AS one ON true"
     )
 }
 
@@ -113,12 +157,12 @@ pub fn batch(plan: &Plan, start: &Start, cursor: Option<&Cursor>, size: i64, sta
 /// Chooses and locks the next stale row, in a transaction that [`complete_one`] goes on with: the one way to learn
 /// which row the server refuses.
 pub fn choose_one(plan: &Plan, start: &Start, cursor: Option<&Cursor>, statement_timeout: Duration) -> String {
-    let Plan { id, time_started, .. } = plan;
+    let (Plan { id, time_started, .. }, lock) = (plan, start.lock);
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}\
          SET CONSTRAINTS ALL IMMEDIATE; \
          SELECT {time_started}::pg_catalog.text, {id}::pg_catalog.text FROM \
-           ({} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS stale",
+           ({} LIMIT 1 FOR {lock} SKIP LOCKED) AS stale",
         settings(statement_timeout),
         stale(plan, start, cursor)
     )
@@ -127,13 +171,13 @@ pub fn choose_one(plan: &Plan, start: &Start, cursor: Option<&Cursor>, statement
 /// Completes the row that was chosen; answers as [`batch`] does.
 pub fn complete_one(plan: &Plan, start: &Start, row: &Cursor) -> String {
     let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
-    let key_equals = &start.key_equals;
+    let (key_equals, now) = (&start.key_equals, start.completed.now(plan));
     let (time, key) = (literal(&row.time_started), literal(row.id.as_deref().unwrap_or_default()));
     format!(
-        "WITH done AS (UPDATE {table} AS t SET {time_completed} = (SELECT pg_catalog.clock_timestamp()){assignments} \
+        "WITH done AS (UPDATE {table} AS t SET {time_completed} = {now}{assignments} \
            WHERE t.{time_started} {EQUALS} {time} AND t.{id} {key_equals} {key} AND (t.{time_completed} IS NULL) IS TRUE \
            RETURNING t.{time_completed}) \
-         SELECT 1, pg_catalog.count(*), pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text, {time}::pg_catalog.text, {key}::pg_catalog.text, {time}::pg_catalog.text, \
+         SELECT 1, pg_catalog.count(*), pg_catalog.count({time_completed}), pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text, {time}::pg_catalog.text, {key}::pg_catalog.text, {time}::pg_catalog.text, \
            {key}::pg_catalog.text, pg_catalog.min({time_completed})::pg_catalog.text FROM done"
     )
 }
@@ -166,32 +210,57 @@ pub fn explain_completion(plan: &Plan, key_type: &str, statement_timeout: Durati
     )
 }
 
-/// Counts the stale rows beyond the cursor, up to one more than `bound`.
-pub fn backlog(plan: &Plan, start: &Start, cursor: Option<&Cursor>, bound: i64, statement_timeout: Duration) -> String {
-    let stale = stale(plan, start, cursor);
+/// Counts the stale rows, up to one more than `bound`. From the beginning: rows that were locked or refused lie before the
+/// cursor.
+pub fn backlog(plan: &Plan, start: &Start, bound: i64, statement_timeout: Duration) -> String {
+    let stale = stale(plan, start, None);
+    let oldest = format!("min({})", plan.time_started);
     let select = format!(
-        "SELECT count(*), to_char(min({}) AT TIME ZONE 'UTC', {ISO}) FROM ({stale} LIMIT {}) AS stale",
-        plan.time_started,
+        // Years before the first have no form in the status.
+        "SELECT count(*), CASE WHEN {oldest} >= '0001-01-01' THEN to_char({}, {ISO}) END FROM ({stale} LIMIT {}) AS stale",
+        start.started.in_utc(&oldest, plan),
         bound + 1
     );
     read_only(&select, statement_timeout)
 }
 
-/// Asks how the transaction of a receipt ended.
-pub fn transaction_status(receipt: &Receipt) -> String {
-    format!("SELECT pg_catalog.pg_xact_status({}::pg_catalog.xid8)", literal(&receipt.xid))
+/// Which server this is, and its timeline: a promoted standby begins another one.
+const SERVER: &str = "pg_catalog.concat((SELECT system_identifier FROM pg_catalog.pg_control_system()), ' ', \
+    pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8))";
+
+/// Asks which server this is. Not every product that is built on PostgreSQL can tell.
+pub fn server() -> String {
+    format!("SELECT {SERVER}")
 }
 
-/// Asks whether the row of a receipt carries the receipt's time.
-pub fn row_status(plan: &Plan, start: &Start, receipt: &Receipt) -> String {
+/// Asks what became of a receipt, for [`read_evidence`]. `server`: where its batch ran, if it could tell.
+pub fn evidence(plan: &Plan, start: &Start, receipt: &Receipt, server: Option<&str>) -> String {
     let key_equals = &start.key_equals;
     let Plan { table, id, time_started, time_completed, .. } = plan;
+    // Another server may give the transaction's number to another one, or not know it yet.
+    let same = server.map_or_else(|| "NULL".to_owned(), |server| format!("{SERVER} {EQUALS} {}", literal(server)));
     format!(
-        "SELECT {time_completed} {EQUALS} {}::pg_catalog.timestamptz FROM {table} WHERE {time_started} {EQUALS} {} AND {id} {key_equals} {}",
+        "SELECT standby, same, CASE WHEN NOT standby AND same IS NOT FALSE \
+           THEN pg_catalog.pg_xact_status({}::pg_catalog.xid8) END, \
+         (SELECT CASE WHEN {time_completed} IS NULL THEN 'open' WHEN {time_completed} {EQUALS} {} THEN 'completed' END \
+           FROM {table} WHERE {time_started} {EQUALS} {} AND {id} {key_equals} {} LIMIT 1) \
+         FROM pg_catalog.pg_is_in_recovery() AS standby, LATERAL (SELECT CASE WHEN NOT standby THEN {same} END AS same) AS server",
+        literal(&receipt.xid),
         literal(&receipt.time_completed),
         literal(&receipt.row.time_started),
         literal(receipt.row.id.as_deref().unwrap_or_default())
     )
+}
+
+/// Reads the answer of [`evidence`].
+pub fn read_evidence(answer: &[SimpleQueryMessage]) -> Option<Evidence> {
+    let row = last_row(answer)?;
+    Some(Evidence {
+        standby: text(row, 0)? == "t",
+        same_server: text(row, 1).map(|same| same == "t"),
+        transaction: text(row, 2).map(str::to_owned),
+        row: text(row, 3).map(str::to_owned),
+    })
 }
 
 /// Reads the answer of [`batch`].
@@ -199,13 +268,14 @@ pub fn read_batch(answer: &[SimpleQueryMessage]) -> Option<Batch> {
     let row = last_row(answer)?;
     let place = |ts, id| Some(Cursor { time_started: text(row, ts)?.to_owned(), id: Some(text(row, id)?.to_owned()) });
     let receipt =
-        || Some(Receipt { xid: text(row, 2)?.to_owned(), row: place(5, 6)?, time_completed: text(row, 7)?.to_owned() });
-    let [selected, completed] = [0, 1].map(|index| text(row, index).and_then(|n| n.parse().ok()));
+        || Some(Receipt { xid: text(row, 3)?.to_owned(), row: place(6, 7)?, time_completed: text(row, 8)?.to_owned() });
+    let [selected, updated, completed] = [0, 1, 2].map(|index| text(row, index).and_then(|n| n.parse().ok()));
     Some(Batch {
         selected: selected?,
+        updated: updated?,
         completed: completed?,
-        cursor: place(3, 4),
+        cursor: place(4, 5),
         receipt: receipt(),
-        ended: text(row, 8).and_then(|n| n.parse().ok()),
+        ended: text(row, 9).and_then(|n| n.parse().ok()),
     })
 }

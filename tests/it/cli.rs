@@ -178,7 +178,7 @@ async fn a_check_of_what_is_not_ready_exits_with_1_and_prints_what_mends_it() {
         "CREATE INDEX CONCURRENTLY IF NOT EXISTS \"audit_log_open_by_time_started\" ON \"public\".\"audit_log\" \
          (\"time_started\", \"id\") WHERE pg_catalog.num_nulls(\"time_completed\") = 1",
     );
-    let fix = |sql: &str| json!({ "dropFirst": [], "steps": [{ "role": owner, "runAs": owner, "sql": [sql] }] });
+    let fix = |sql: &str| json!({ "steps": [{ "role": owner, "runAs": owner, "sql": [sql] }] });
     let label = "ALTER TYPE \"public\".\"audit_log_result_kind\" ADD VALUE IF NOT EXISTS 'timeout'";
     assert_eq!(
         (&report["ready"], &report["findings"]),

@@ -35,6 +35,10 @@ fn accepted() -> Vec<Value> {
         json!({ "database": { "secretRef": { "name": "db" }, "tls": { "mode": "Require", "caSecretRef": { "name": "ca" } } } }),
         json!({ "schema": "Audit.AuditTable", "table": "my \"table\"; DROP", "columns": { "id": "Key" } }),
         json!({ "table": long }),
+        json!({ "columns": { "timeZone": "UTC" } }),
+        json!({ "columns": { "timeZone": "Europe/Berlin" } }),
+        json!({ "columns": { "timeZone": "America/Argentina/Buenos_Aires" } }),
+        json!({ "columns": { "timeZone": "Etc/GMT+3" } }),
         json!({ "complete": [] }),
         json!({ "complete": null, "period": null, "limit": null }),
         json!({ "complete": [{ "column": "a", "value": "" }, { "column": "b", "setNull": true }] }),
@@ -58,7 +62,9 @@ fn refused() -> Vec<(Value, &'static str, &'static str)> {
     let identifier = "must be a name of at most 63 bytes";
     let exactly = "must have exactly one of value (a string: quote numbers) and setNull: true";
     let completion = |item: Value| json!({ "complete": [item] });
-    vec![
+    let zones = ["", "Local", "+02:00", "UTC+2", "Europe", "Europe/Atlantis", "../etc/passwd", "UTC'; --"];
+    let zones = zones.map(|zone| (json!({ "columns": { "timeZone": zone } }), "spec.columns.timeZone", ""));
+    let others = vec![
         (json!({ "database": {} }), "spec.database.secretRef", ""),
         (json!({ "database": { "secretRef": {} } }), "spec.database.secretRef.name", ""),
         (json!({ "database": { "secretRef": { "name": "" } } }), "spec.database.secretRef.name", ""),
@@ -144,7 +150,8 @@ fn refused() -> Vec<(Value, &'static str, &'static str)> {
         (json!({ "suspend": "yes" }), "spec.suspend", ""),
         (json!({ "timeOut": "4h" }), "spec.timeOut", "unknown field"),
         (json!({ "mode": "observe" }), "spec.mode", ""),
-    ]
+    ];
+    others.into_iter().chain(zones).collect()
 }
 
 async fn dry_run(operator: &Operator, object: Value) -> kube::Result<DynamicObject> {

@@ -1,12 +1,9 @@
 //! The question about the table itself: its columns, rules, triggers and constraints. A part of `catalog`.
 
-use crate::preflight::dependants;
 use crate::preflight::json::list;
-use crate::sweep::Plan;
-use crate::sweep::plan::literal;
 
-pub(super) fn question(plan: &Plan) -> String {
-    let (columns, triggers, constraints) = (columns(plan), triggers(), constraints());
+pub(super) fn question() -> String {
+    let (columns, triggers, constraints) = (columns(), triggers(), constraints());
     let rules = list(
         "r.rulename ORDER BY r.rulename",
         "pg_rewrite r WHERE r.ev_class = c.oid AND r.ev_type = '2' AND r.ev_enabled IN ('O', 'A')",
@@ -22,7 +19,7 @@ pub(super) fn question(plan: &Plan) -> String {
     )
 }
 
-fn columns(plan: &Plan) -> String {
+fn columns() -> String {
     let generated = "a.attgenerated <> '' OR a.attidentity = 'a'";
     // Since 18 a NOT NULL can be NOT VALID: old rows may hold a NULL.
     let not_null = "a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid \
@@ -36,29 +33,23 @@ fn columns(plan: &Plan) -> String {
     let collate =
         "CASE WHEN a.attcollation <> t.typcollation THEN ' COLLATE ' || a.attcollation::regcollation ELSE '' END";
     let labels = "(SELECT json_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = t.oid)";
-    let names = &plan.names;
-    let read = [&names.id, &names.time_started, &names.time_completed].map(|name| literal(name)).join(", ");
-    let dependants = dependants::question();
     let base = |what: &str| {
         format!(
-            "(WITH RECURSIVE b AS (SELECT t.oid, t.typbasetype UNION ALL SELECT u.oid, u.typbasetype FROM b \
-             JOIN pg_type u ON u.oid = b.typbasetype) SELECT {what} FROM b JOIN pg_type u ON u.oid = b.oid \
+            "(WITH RECURSIVE b AS (SELECT t.oid, t.typbasetype, a.atttypmod AS typmod, t.typtypmod \
+             UNION ALL SELECT u.oid, u.typbasetype, b.typtypmod, u.typtypmod FROM b JOIN pg_type u ON u.oid = b.typbasetype) SELECT {what} FROM b JOIN pg_type u ON u.oid = b.oid \
              JOIN pg_namespace un ON un.oid = u.typnamespace WHERE b.typbasetype = 0)"
         )
     };
-    let (base_schema, base_type) = (base("un.nspname"), base("u.typname"));
-    let default = "(SELECT pg_get_expr(f.adbin, f.adrelid) FROM pg_attrdef f \
-                   WHERE f.adrelid = c.oid AND f.adnum = a.attnum AND a.attgenerated = '')";
+    let (base_schema, base_type, typmod) = (base("un.nspname"), base("u.typname"), base("b.typmod"));
     list(
         &format!(
             "json_build_object('name', a.attname, 'type_schema', tn.nspname, 'type', t.typname, \
-             'type_text', format_type(a.atttypid, a.atttypmod), 'collate', {collate}, 'typmod', a.atttypmod, \
+             'type_text', format_type(a.atttypid, a.atttypmod), 'collate', {collate}, 'typmod', {typmod}, \
              'not_null', {not_null}, 'generated', {generated}, 'partition_key', {partition_key}, \
              'select', has_column_privilege(c.oid, a.attnum, 'SELECT'), \
              'update', has_column_privilege(c.oid, a.attnum, 'UPDATE'), \
              'labels', {labels}, 'type_owner', pg_get_userbyid(t.typowner), \
-             'base_schema', {base_schema}, 'base', {base_type}, 'default', {default}, \
-             'dependants', CASE WHEN a.attname IN ({read}) THEN {dependants} ELSE '[]' END) ORDER BY a.attnum"
+             'base_schema', {base_schema}, 'base', {base_type}) ORDER BY a.attnum"
         ),
         "pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace \
          WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped",

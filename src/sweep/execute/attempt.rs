@@ -47,9 +47,9 @@ impl Sweep<'_> {
     /// Reads what a batch did, and takes it back if it changed rows beside those that it chose.
     async fn read_batch(&self, answer: &[SimpleQueryMessage]) -> Result<Batch, Error> {
         let batch = statement::read_batch(answer).ok_or(Error::Answer("a batch"))?;
-        if batch.completed > batch.selected {
+        if batch.updated > batch.selected {
             self.session.rollback().await;
-            return Err(Error::KeyNotUnique { selected: batch.selected, completed: batch.completed });
+            return Err(Error::KeyNotUnique { selected: batch.selected, completed: batch.updated });
         }
         Ok(batch)
     }

@@ -6,12 +6,13 @@ use crate::sweep::statement::Batch;
 use crate::sweep::throttle;
 
 impl Sweep<'_> {
-    /// Completes batches until nothing is left or something ends it; also returns how far it looked.
-    pub(super) async fn batches(&mut self, start: &Start, limit: i64) -> Result<(Ended, Option<Cursor>), Error> {
+    /// Completes batches until nothing is left or something ends it.
+    pub(super) async fn batches(&mut self, start: &Start, limit: i64) -> Result<Ended, Error> {
         let mut planner = BatchPlanner::new(self.plan.batch_size, self.plan.yield_budget);
         let mut cursor = self.resume_after.clone();
         let ended = loop {
-            let left = limit - self.report.timed_out;
+            // Rows whose COMMIT is uncertain may be completed.
+            let left = limit - self.report.timed_out - self.report.uncertain;
             if left <= 0 {
                 break Ended::LimitReached;
             }
@@ -48,9 +49,9 @@ impl Sweep<'_> {
         };
         // The cursor stays behind refused rows until one sweep reaches the end.
         if ended != Ended::Drained && self.resume_after.is_some() {
-            self.report.resume_after = start.shown(cursor.clone());
+            self.report.resume_after = start.shown(cursor);
         }
-        Ok((ended, cursor))
+        Ok(ended)
     }
 
     async fn attempt(

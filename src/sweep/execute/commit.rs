@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
-use super::{Start, Sweep, cancel, statement};
+use super::{COMMIT_GRACE, LOOKUP_GRACE, RESPONSE_GRACE, Start, Sweep, cancel, statement};
 use crate::database::Error;
 use crate::database::error::Step;
-use crate::database::session::{last_row, text};
-use crate::sweep::statement::{Batch, Receipt};
+use crate::sweep::statement::{Batch, Fate, Receipt};
 
 /// How long a COMMIT without an answer is looked up.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -19,8 +18,9 @@ impl Sweep<'_> {
     pub(super) async fn commit(&mut self, start: &Start, batch: &Batch) -> Result<(), Error> {
         // Until it is known otherwise: a sweep that is told to stop may end in the midst of this.
         self.report.uncertain += batch.completed;
+        let limit = (self.time_left() + COMMIT_GRACE).min(self.plan.statement_timeout + RESPONSE_GRACE);
         let committed = tokio::select! {
-            committed = self.session.query(Step::Commit, "COMMIT", self.response_timeout()) => committed,
+            committed = self.session.query(Step::Commit, "COMMIT", limit) => committed,
             () = cancel::after(self.stop, cancel::COMMIT) => Err(Error::Timer { what: "COMMIT", after: cancel::COMMIT }),
         };
         let (known, result) = match committed {
@@ -51,45 +51,34 @@ impl Sweep<'_> {
 
     /// Whether the transaction of a receipt was committed; None: it cannot be known in the time there is.
     async fn find_out(&self, start: &Start, receipt: &Receipt) -> Option<bool> {
+        let limit = LOOKUP_TIMEOUT.min(self.time_left() + LOOKUP_GRACE);
         tokio::select! {
-            committed = self.look_up(start, receipt) => Some(committed),
-            () = tokio::time::sleep(LOOKUP_TIMEOUT) => None,
+            fate = self.look_up(start, receipt) => match fate {
+                Fate::Committed => Some(true),
+                Fate::NotCommitted => Some(false),
+                Fate::AskAgain | Fate::Unknown => None,
+            },
+            () = tokio::time::sleep(limit) => None,
             () = cancel::after(self.stop, cancel::LOOKUP) => None,
         }
     }
 
-    async fn look_up(&self, start: &Start, receipt: &Receipt) -> bool {
+    async fn look_up(&self, start: &Start, receipt: &Receipt) -> Fate {
         loop {
             match self.ask(start, receipt).await {
-                Ok(Some(answer)) => return answer,
                 // In progress, or the server is not back yet.
-                Ok(None) | Err(_) => tokio::time::sleep(LOOKUP_PAUSE).await,
+                Ok(Fate::AskAgain) | Err(_) => tokio::time::sleep(LOOKUP_PAUSE).await,
+                Ok(fate) => return fate,
             }
         }
     }
 
-    async fn ask(&self, start: &Start, receipt: &Receipt) -> Result<Option<bool>, Error> {
+    async fn ask(&self, start: &Start, receipt: &Receipt) -> Result<Fate, Error> {
         let session = self.target.connect(LOOKUP_TIMEOUT).await?;
-        let status =
-            session.query(Step::Lookup, &statement::transaction_status(receipt), self.response_timeout()).await;
-        let status = match &status {
-            Ok(answer) => last_row(answer).and_then(|row| text(row, 0)).unwrap_or_default(),
-            // After a failover the new primary may not know the transaction's id; the row itself then tells.
-            Err(Error::Server(_)) => "unknown",
-            Err(_) => return Ok(None),
-        };
-        if status == "in progress" {
-            return Ok(None);
-        }
-        let row = session
-            .query(Step::Lookup, &statement::row_status(self.plan, start, receipt), self.response_timeout())
-            .await?;
+        let sql = statement::evidence(self.plan, start, receipt, self.server.as_deref());
+        let answer = session.query(Step::Lookup, &sql, LOOKUP_TIMEOUT).await?;
         session.close().await;
-        Ok(match last_row(&row).map(|row| text(row, 0)) {
-            Some(carries) => Some(carries == Some("t")),
-            // The row is gone: only the transaction can tell.
-            None => Some(status == "committed"),
-        })
+        Ok(statement::read_evidence(&answer).ok_or(Error::Answer("a lookup"))?.fate())
     }
 }
 

@@ -11,3 +11,4 @@ mod preflight;
 mod shapes;
 mod silence;
 mod sweep;
+mod times;

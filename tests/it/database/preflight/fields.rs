@@ -157,10 +157,58 @@ async fn columns_of_the_partition_key() {
     stage.fix(partition.findings[0].fix.as_ref().unwrap()).await;
     let fixed = stage.check(&json!({ "table": "p" })).await;
     assert!(fixed.findings.is_empty(), "{fixed:#?}");
-    // PostgreSQL alters no type in a partition key.
-    let by_day = "CREATE TABLE audit_log (id uuid, time_started timestamp, time_completed timestamptz, result_kind text, \
-                  PRIMARY KEY (id, time_started)) PARTITION BY RANGE (time_started); CREATE TABLE p PARTITION OF audit_log DEFAULT";
-    let checked = Stage::new(&format!("{by_day}; {INDEX}")).await.check(&json!({})).await;
+}
+
+#[tokio::test]
+async fn types_that_no_sweep_takes_are_named_with_those_that_it_takes() {
+    let table = TABLE.replace("note text", "note text, spot point, day date, at_ms int8");
+    let stage = Stage::new(&format!("{table}; {INDEX}; GRANT SELECT, UPDATE ON audit_log TO PUBLIC")).await;
+    for (field, column, says) in [
+        ("id", "spot", "the key \"spot\" is of type point; a sweep takes uuid, bigint, integer"),
+        (
+            "timeStarted",
+            "day",
+            "the time \"day\" is of type date; a sweep takes timestamptz or timestamp (docs/sql-contract.md",
+        ),
+        ("timeCompleted", "at_ms", "the time \"at_ms\" is of type bigint; a sweep takes timestamptz or timestamp"),
+    ] {
+        let checked = stage.check(&json!({ "columns": { field: column } })).await;
+        let found =
+            checked.findings.iter().find(|found| found.subject == Columns).unwrap_or_else(|| panic!("{checked:#?}"));
+        assert_eq!((found.severity, found.reason), (Severity::Blocking, SchemaMismatch), "{found:#?}");
+        assert_eq!(found.fix, Some(Fix::Field(format!("spec.columns.{field}"))), "{found:#?}");
+        assert!(found.message.contains(says), "{}", found.message);
+    }
+}
+
+#[tokio::test]
+async fn coarse_columns_of_times_are_a_warning_that_says_what_it_costs() {
+    for (column, type_, says) in [
+        ("time_started", "timestamptz(0)", "is swept up to 1 s later"),
+        ("time_started", "timestamp(2)", "is swept up to 0.01 s later"),
+        ("time_completed", "coarse", "is rounded down by up to 0.1 s"),
+        ("time_completed", "timestamptz(3)", ""),
+    ] {
+        let table = TABLE.replace(&format!("{column} timestamptz"), &format!("{column} {type_}"));
+        let stage = Stage::new(&format!("CREATE DOMAIN coarse AS timestamptz(1); {table}; {INDEX}")).await;
+        let checked = stage.check(&json!({})).await;
+        let found: Vec<_> = checked.findings.iter().map(|found| (found.subject, found.severity)).collect();
+        assert_eq!(found, if says.is_empty() { vec![] } else { vec![(Columns, Severity::Warning)] }, "{checked:#?}");
+        assert!(checked.findings.iter().all(|found| found.message.contains(says)), "{says}: {checked:#?}");
+    }
+}
+
+#[tokio::test]
+async fn a_key_of_several_columns_is_refused_by_name() {
+    let table = TABLE
+        .replace("id uuid PRIMARY KEY", "id uuid NOT NULL, tenant int")
+        .replace("note text", "note text, PRIMARY KEY (tenant, id)");
+    let checked = Stage::new(&format!("{table}; {INDEX}")).await.check(&json!({})).await;
     let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
-    assert_eq!((found.subject, &found.fix), (Columns, &Some(Fix::Field("spec.columns.timeStarted".into()))));
+    assert_eq!((found.subject, found.severity), (Key, Severity::Blocking));
+    assert!(
+        found.message.contains("Its key is (\"tenant\", \"id\"), and a key of several columns is not supported"),
+        "{}",
+        found.message
+    );
 }

@@ -92,7 +92,7 @@ async fn an_index_that_the_application_uses_too_is_replaced() {
     stage.log.run("ANALYZE audit_log").await;
     let checked = stage.check(&json!({})).await;
     let [found] = checked.findings.as_slice() else { panic!("{checked:#?}") };
-    let Some(Fix::Sql { parts, .. }) = &found.fix else { panic!("{found:#?}") };
+    let Some(Fix::Sql(parts)) = &found.fix else { panic!("{found:#?}") };
     let sql: Vec<&String> = parts.iter().flat_map(|part| &part.statements).collect();
     let (create, drop) = (sql[sql.len() - 2], sql[sql.len() - 1]);
     assert!(

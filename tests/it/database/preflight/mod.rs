@@ -1,7 +1,7 @@
 //! The preflight: every fault that it knows is made for real, found, fixed by the SQL that was printed, and is gone.
 
-mod dependants;
 mod fields;
+mod frameworks;
 mod indexes;
 mod owners;
 mod shadows;
@@ -47,7 +47,7 @@ impl Stage {
     async fn new(sql: &str) -> Self {
         let log = AuditTable::empty().await;
         log.run(sql).await;
-        let stage = Self::drop_first(log).await;
+        let stage = Self::bare(log).await;
         let login = &stage.login;
         stage
             .log
@@ -60,7 +60,7 @@ impl Stage {
     }
 
     /// With a login that has no rights yet.
-    async fn drop_first(log: AuditTable) -> Self {
+    async fn bare(log: AuditTable) -> Self {
         let admin = support::postgres::shared().connect(&log.database.name).await.unwrap();
         let name = format!("{}_may_sweep", log.database.user);
         admin.batch_execute(&format!("CREATE ROLE {name} LOGIN PASSWORD '{MARKER}'")).await.unwrap();
@@ -81,7 +81,7 @@ impl Stage {
 
     /// Runs SQL of a fix as whom it says, statement by statement. What is in its way must be gone.
     async fn fix(&self, fix: &Fix) {
-        let Fix::Sql { parts, .. } = fix else { panic!("not SQL: {fix:?}") };
+        let Fix::Sql(parts) = fix else { panic!("not SQL: {fix:?}") };
         for part in parts {
             let run = async |client: &Client| {
                 for sql in &part.statements {

@@ -49,9 +49,7 @@ async fn an_owner_who_may_create_nothing_in_the_schema() {
     let owner = &stage.log.database.user;
     stage.admin.batch_execute(&NO_CREATE.replace("LOGIN", &stage.login).replace("TABLE_OWNER", owner)).await.unwrap();
     let checked = stage.check(&json!({})).await;
-    let [Finding { fix: Some(Fix::Sql { parts, .. }), .. }] = checked.findings.as_slice() else {
-        panic!("{checked:#?}")
-    };
+    let [Finding { fix: Some(Fix::Sql(parts)), .. }] = checked.findings.as_slice() else { panic!("{checked:#?}") };
     assert_eq!(parts[0].run_as, RunAs::SchemaOwner("postgres".into()));
     assert_eq!(parts[0].statements, [format!("GRANT CREATE ON SCHEMA \"public\" TO \"{owner}\"")]);
     assert_eq!((parts.len(), &parts[1].run_as), (2, &RunAs::Owner(owner.clone())));
@@ -110,7 +108,7 @@ async fn partitions_of_several_owners_and_schemas() {
             (Index, IndexMissing)
         ]
     );
-    let Some(Fix::Sql { parts, .. }) = &checked.findings[0].fix else { panic!("{checked:#?}") };
+    let Some(Fix::Sql(parts)) = &checked.findings[0].fix else { panic!("{checked:#?}") };
     let RunAs::Owners(owners) = &parts[0].run_as else { panic!("{parts:#?}") };
     assert!(owners.len() == 3 && roles.iter().all(|role| owners.contains(role)), "{owners:?}");
     stage.sweeps(&id(1), &spec).await.unwrap();

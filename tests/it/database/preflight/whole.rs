@@ -14,7 +14,7 @@ use crate::fixtures::{AuditTable, id};
 
 #[tokio::test]
 async fn the_shipped_sql_is_all_that_is_needed_also_when_run_again() {
-    let stage = Stage::drop_first(AuditTable::new().await).await;
+    let stage = Stage::bare(AuditTable::new().await).await;
     let empty = stage.check(&json!({})).await;
     assert!(!empty.ready() && empty.findings.iter().all(|found| found.subject == Subject::Rights), "{empty:#?}");
     for _ in 0..2 {
@@ -87,7 +87,7 @@ async fn hostile_names_are_found_and_mended_like_any_other() {
          CREATE RULE {k} AS ON UPDATE TO {s}.{t} DO ALSO NOTHING; CREATE TABLE {s}.{st} () INHERITS ({s}.{t})"
     ))
     .await;
-    let stage = Stage::drop_first(log).await;
+    let stage = Stage::bare(log).await;
     let renamed = format!("may \"sweep\"; -- {}", stage.login);
     stage
         .admin
