@@ -124,6 +124,13 @@ pub struct LastSweep {
     pub batches: i64,
 }
 
+impl LastSweep {
+    /// Rows that are completed, or may be: what counts against the limit.
+    pub fn taken(&self) -> i64 {
+        self.timed_out.max(0).saturating_add(self.uncertain.max(0))
+    }
+}
+
 /// What caused a sweep. Schedule: its slot came. Request: the annotation auditlog.dev/requestedAt has a new value.
 /// Create: the object is new. Command: someone ran `sweep`.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd, Serialize)]

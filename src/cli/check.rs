@@ -3,13 +3,16 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use chrono::SecondsFormat;
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::cluster::{self, Cluster, ClusterArgs};
 use super::input::{self, FetchError, Input, Source};
+use super::status::count;
 use super::{Output, complain, note, print, refuse, respond};
 use crate::api::Reason;
+use crate::api::status::Backlog;
 use crate::preflight::{self, Finding, Fix, Part, PreflightReport, Severity, Subject};
 use crate::telemetry::{LogFormat, start_logs};
 
@@ -93,6 +96,7 @@ fn machine_report(checked: &PreflightReport) -> Value {
         "ready": checked.ready(),
         "server": checked.server_version.as_ref().map(|version| json!({ "version": version })),
         "findings": checked.findings.iter().map(json_finding).collect::<Vec<_>>(),
+        "firstSweep": checked.first_sweep,
     })
 }
 
@@ -138,6 +142,9 @@ fn text_report(checked: &PreflightReport) -> String {
     };
     let verdict = if checked.ready() { "ready" } else { "not ready" };
     lines.push(format!("\n-- {verdict}: {}, {}", count("error"), count("warning")));
+    if checked.blocking().is_none() {
+        lines.push(format!("-- {}", first_sweep(checked.first_sweep.as_ref())));
+    }
     if checked.findings.iter().any(|finding| matches!(finding.fix, Some(Fix::Sql(_)))) {
         lines.push(
             "-- SQL: each statement by itself, not in one transaction (psql without -1), as the role named above it"
@@ -163,6 +170,19 @@ fn text_report(checked: &PreflightReport) -> String {
         }
     }
     lines.join("\n")
+}
+
+/// To apply the object is what cannot be taken back.
+fn first_sweep(stale: Option<&Backlog>) -> String {
+    let Some(stale) = stale else { return "the first sweep: its rows could not be counted in statementTimeout".into() };
+    if stale.remaining == 0 {
+        return "the first sweep takes no row: none is stale".into();
+    }
+    let rows = count(stale.remaining, "row", "rows");
+    let rest = if stale.at_least { ", and more are stale" } else { "" };
+    let oldest = stale.oldest_time_started.map(|time| time.to_rfc3339_opts(SecondsFormat::Secs, true));
+    let oldest = oldest.map(|time| format!("; the oldest started {time}")).unwrap_or_default();
+    format!("the first sweep takes {rows}{rest}{oldest}. That cannot be undone")
 }
 
 /// Names may hold anything: none of them ends a comment.

@@ -118,7 +118,7 @@ impl Cli {
             Command::Suspend(args) => suspend::suspend(args, true).await,
             Command::Resume(args) => suspend::suspend(args, false).await,
             Command::Check(args) => check::check(args).await,
-            Command::Sweep(args) => sweep::sweep(args).await,
+            Command::Sweep(args) => sweep::run(args).await,
             Command::Run(args) => run::run(args).await,
             Command::Crd => print_crd(),
             Command::Reasons => print(&reasons::tables()),

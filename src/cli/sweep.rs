@@ -2,14 +2,19 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use clap::Args;
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use super::input::{self, Input, Source};
-use super::{Output, complain, print, respond, stop_signal};
+use super::{Output, complain, note, print, respond, stop_signal};
+use crate::api::Failure;
 use crate::api::status::Outcome;
-use crate::sweep::{Job, Report};
+use crate::preflight;
+use crate::sweep::report::Ended;
+use crate::sweep::{self, Connected, Job, Report};
 use crate::telemetry::{LogFormat, start_logs};
 
 #[derive(Debug, Args)]
@@ -17,12 +22,15 @@ pub struct Sweep {
     /// File with the AuditLogSweeper, and its Secrets if the database is to be found by them; - for standard input
     #[arg(short, long)]
     file: PathBuf,
+    /// Sweep without checking the table first: in an emergency, where the check itself is in the way
+    #[arg(long)]
+    no_check: bool,
     #[command(flatten)]
     source: Source,
 }
 
 /// Sweeps once.
-pub async fn sweep(args: Sweep) -> ExitCode {
+pub async fn run(args: Sweep) -> ExitCode {
     start_logs(LogFormat::Text, args.source.log_level);
     let job = match input::read(&args.file, &args.source) {
         Ok(Input { plan, target }) => Job::new(plan, target),
@@ -32,7 +40,12 @@ pub async fn sweep(args: Sweep) -> ExitCode {
         Ok(listening) => listening,
         Err(error) => return complain(&anyhow::Error::from(error).context("cannot listen for signals"), 1),
     };
-    let report = crate::sweep::sweep(&job, &stop).await;
+    let report = if args.no_check {
+        note("sweeping without a check of the table (--no-check)");
+        sweep::sweep(&job, &stop).await
+    } else {
+        check_and_sweep(&job, &stop).await
+    };
     listening.abort();
     let written = match args.source.output {
         Output::Text => print(&text_report(&report)),
@@ -44,6 +57,35 @@ pub async fn sweep(args: Sweep) -> ExitCode {
         complain(&anyhow::Error::msg("stopped by a signal"), 1)
     } else {
         written
+    }
+}
+
+/// The same verdict as the operator's: a blocking finding is a failure, and no row is touched.
+async fn check_and_sweep(job: &Job, stop: &CancellationToken) -> Report {
+    let checked = async {
+        let mut connected = Connected::open(&job.plan, &job.target).await?;
+        let began = Instant::now();
+        let checked = preflight::look(&connected.session, &job.plan).await.map_err(|error| Failure::from(&error))?;
+        match checked.blocking() {
+            None => {
+                // The deadline is that of the sweep alone.
+                connected.exclude(began.elapsed());
+                Ok(connected)
+            }
+            Some(finding) => {
+                connected.close().await;
+                Err(Failure::from(finding))
+            }
+        }
+    };
+    match stop.run_until_cancelled(checked).await {
+        None => Report::new(Ok(Ended::Stopped)),
+        Some(Err(failure)) => Report::new(Err(failure)),
+        Some(Ok(connected)) => {
+            let mut report = Report::new(Ok(Ended::Stopped));
+            sweep::run(connected, job, stop, &mut report).await;
+            report
+        }
     }
 }
 

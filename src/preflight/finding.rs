@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::api::Reason;
+use crate::api::status::Backlog;
 use crate::database::Error;
 
 /// What is looked at, in this order.
@@ -206,6 +207,8 @@ pub struct PreflightReport {
     pub passed: Vec<(Subject, String)>,
     /// What is not, in the order in which it was looked at.
     pub findings: Vec<Finding>,
+    /// The stale rows, up to one more than the first sweep takes. None: they were not counted.
+    pub first_sweep: Option<Backlog>,
 }
 
 impl PreflightReport {

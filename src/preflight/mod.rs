@@ -19,24 +19,42 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio_postgres::SimpleQueryMessage;
 
+use crate::api::status::Backlog;
 use crate::api::{Class, Reason};
 use crate::database::error::Step;
 use crate::database::session::{last_row, text};
 use crate::database::{Error, Session, Target};
+use crate::sweep::start::Start;
 use crate::sweep::{Plan, start, statement, transaction};
 
 /// Reaching the database and planning a statement takes far less than this.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connects and looks at everything that a sweep rests on. Changes nothing and locks no row.
+/// Connects and looks at everything that a sweep rests on, and counts what the first one would take. Changes nothing and locks
+/// no row.
 ///
 /// # Errors
 /// When the database cannot be reached or stops answering: what is wrong with the table is no error but a finding.
 pub async fn check(plan: &Plan, target: &Target) -> Result<PreflightReport, Error> {
     let session = target.connect(plan.deadline).await?;
-    let checked = look(&session, plan).await;
+    let mut checked = look(&session, plan).await;
+    if let Ok(checked) = &mut checked
+        && checked.blocking().is_none()
+    {
+        // What takes too long to count is not counted.
+        checked.first_sweep = first_sweep(&session, plan).await.ok();
+    }
     session.close().await;
     checked
+}
+
+/// The stale rows, up to one more than a sweep takes.
+async fn first_sweep(session: &Session, plan: &Plan) -> Result<Backlog, Error> {
+    let start = ask_start(session, plan).await?;
+    let limit = plan.statement_timeout;
+    let sql = statement::backlog(plan, &start, plan.limit, limit);
+    let answer = session.query(Step::Backlog, &sql, limit + TIMEOUT).await?;
+    statement::read_backlog(&answer, plan.limit).ok_or(Error::Answer("the count of the backlog"))
 }
 
 /// The same on an open connection, which a sweep may use afterwards.
@@ -65,8 +83,11 @@ async fn ask_all(session: &Session, plan: &Plan) -> Result<PreflightReport, Erro
         return Ok(checked);
     }
     match batch_steps(session, plan).await {
-        Ok(steps) => {
+        Ok((start, steps)) => {
             try_values(session, plan, &facts, &mut checked).await?;
+            if checked.is_clean(Subject::Index) {
+                look_ahead(session, plan, &start, &mut checked).await?;
+            }
             let completion = completion_indexes(session, plan, &facts).await?;
             batch::judge(&steps, completion.as_deref(), &facts, &mut checked);
         }
@@ -117,12 +138,30 @@ async fn ask<T: DeserializeOwned>(session: &Session, sql: &str) -> Result<T, Err
     serde_json::from_str(&lines(&answer).concat()).ok().ok_or(Error::Answer("the question about the catalog"))
 }
 
-/// The server's plan for the batch that a sweep would run now, a line each.
-async fn batch_steps(session: &Session, plan: &Plan) -> Result<Vec<String>, Error> {
+/// What a sweep asks first.
+async fn ask_start(session: &Session, plan: &Plan) -> Result<Start, Error> {
     let answer = ask_plan(session, &start::start(plan, timeout(plan))).await?;
-    let start = start::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
+    start::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))
+}
+
+/// The server's plan for the batch that a sweep would run now, a line each.
+async fn batch_steps(session: &Session, plan: &Plan) -> Result<(Start, Vec<String>), Error> {
+    let start = ask_start(session, plan).await?;
     let answer = ask_plan(session, &statement::explain(plan, &start, timeout(plan))).await?;
-    Ok(lines(&answer))
+    Ok((start, lines(&answer)))
+}
+
+/// Compares the newest open start with the clock.
+async fn look_ahead(session: &Session, plan: &Plan, start: &Start, checked: &mut PreflightReport) -> Result<(), Error> {
+    let answer = match ask_plan(session, &statement::newest(plan, start, timeout(plan))).await {
+        Err(error) if error.sqlstate().is_none() || session.is_closed() => return Err(error),
+        answer => answer.unwrap_or_default(),
+    };
+    let newest = last_row(&answer).and_then(|row| text(row, 0)).and_then(start::read_time);
+    if let (Some(newest), Some(now)) = (newest, start.now) {
+        types::starts_ahead(plan, start.started, newest - now, checked);
+    }
+    Ok(())
 }
 
 /// The indexes that the server would use to complete a row by its key, as the application does it. None: it was not asked.

@@ -1,10 +1,14 @@
 //! Judges the types of the columns that a sweep reads, pure.
 
+use chrono::TimeDelta;
+
 use super::catalog::Column;
 use super::finding::{PreflightReport, Severity, Subject};
 use super::fix::{field, quoted};
 use super::judge::Judge;
 use crate::api::Reason;
+use crate::sweep::Plan;
+use crate::sweep::start::TimeColumn;
 
 use Severity::{Blocking, Warning};
 
@@ -16,6 +20,9 @@ const TIME_TYPES: [&str; 2] = ["timestamptz", "timestamp"];
 
 /// With fewer digits of a second, a time that is written down lies noticeably beside the true one.
 const DIGITS: i64 = 3;
+
+/// Clocks differ. A zone that is not the right one makes more than this.
+const MAX_AHEAD: TimeDelta = TimeDelta::seconds(60);
 
 impl Judge<'_> {
     pub(super) fn key_type(&self, column: &Column, path: &str, checked: &mut PreflightReport) {
@@ -45,6 +52,27 @@ impl Judge<'_> {
             checked.find(Subject::Columns, Warning, Reason::SchemaMismatch, message, None);
         }
     }
+}
+
+/// Judges how far the newest open start lies ahead of the server's clock.
+pub(super) fn starts_ahead(plan: &Plan, started: TimeColumn, ahead: TimeDelta, checked: &mut PreflightReport) {
+    if ahead <= MAX_AHEAD {
+        return;
+    }
+    let (column, minutes) = (&plan.time_started, ahead.num_minutes());
+    let (cause, fix) = if started.local {
+        let zone = &plan.time_zone;
+        let cause = format!(
+            "spec.columns.timeZone says {zone}: the application writes another zone, or its clock is ahead. Rows are swept so much \
+             later"
+        );
+        (cause, Some(field("spec.columns.timeZone")))
+    } else {
+        ("the application's clock is ahead. Rows are swept so much later".to_owned(), None)
+    };
+    let message = format!("the newest open row starts {minutes} min after the server's clock by {column}; {cause}");
+    checked.unpass(Subject::Columns);
+    checked.find(Subject::Columns, Warning, Reason::SchemaMismatch, message, fix);
 }
 
 fn unfit(what: &str, column: &Column, accepted: &str, path: &str, checked: &mut PreflightReport) {

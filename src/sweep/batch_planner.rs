@@ -127,31 +127,40 @@ impl BatchPlanner {
 
     /// Decides what to do about an error of a batch; `of_row` if it is about one known row.
     pub fn react(&mut self, tried: NextBatch, error: &Error, of_row: bool, short_of_time: bool) -> Reaction {
-        let FailureStreak { conflicts, locked, .. } = &mut self.streak;
+        let conflicts = &mut self.streak.conflicts;
         match Recovery::from(error) {
             Recovery::Smaller if of_row && short_of_time => Reaction::OutOfTime,
-            Recovery::Smaller if of_row => Reaction::StepOver { refused: false },
+            // Of a row that was locked by itself, only what its triggers want can be locked by others.
+            Recovery::Smaller | Recovery::Later if of_row => Reaction::StepOver { refused: false },
             Recovery::Bisect if of_row => Reaction::StepOver { refused: true },
             _ if of_row && *conflicts >= CONFLICTS.0 => Reaction::StepOver { refused: true },
             Recovery::Again if *conflicts < CONFLICTS.0 => {
                 *conflicts += 1;
                 Reaction::Retry(CONFLICTS.1)
             }
-            Recovery::Later if *locked < LOCKED.0 => {
-                *locked += 1;
-                Reaction::Retry(LOCKED.1)
-            }
             Recovery::Smaller if !tried.single => {
                 (self.size, self.successes, self.busy, self.suspect_rows) = ((tried.rows / 2).max(1), 0, true, None);
                 Reaction::Retry(Duration::ZERO)
             }
-            Recovery::Again | Recovery::Bisect if !tried.single => {
+            Recovery::Again | Recovery::Bisect | Recovery::Later if !tried.single => {
                 *conflicts = 0;
                 self.suspect_rows = Some(tried.rows.max(1));
                 Reaction::Diagnose
             }
+            Recovery::Later => self.wait_for_table(error).map_or(Reaction::Fail, Reaction::Retry),
             _ => Reaction::Fail,
         }
+    }
+
+    /// Decides what to do if the server refuses the statement whatever its rows. The pause before it is tried again, if it is
+    /// the table that is locked. None: end with the error.
+    pub fn wait_for_table(&mut self, error: &Error) -> Option<Duration> {
+        if Recovery::from(error) != Recovery::Later || self.streak.locked >= LOCKED.0 {
+            return None;
+        }
+        self.suspect_rows = None;
+        self.streak.locked += 1;
+        Some(LOCKED.1)
     }
 
     /// Steps over a row and clears the suspicion behind it. Returns the error if the sweep must end.
@@ -298,21 +307,38 @@ mod tests {
 
     #[test]
     fn conflicts_and_locks_are_tried_again_a_few_times_until_a_batch_goes_well() {
-        for (sqlstate, (times, pause), after) in
-            [(CONFLICT, CONFLICTS, Reaction::Diagnose), (LOCK, LOCKED, Reaction::Fail)]
-        {
-            let mut planner = planner(1000);
-            for _ in 0..2 {
-                for _ in 0..times {
-                    assert_eq!(planner.fail(sqlstate), Reaction::Retry(pause));
-                }
-                planner.record_success(1000);
+        let (mut conflicts, mut locks) = (planner(1000), planner(1000));
+        for _ in 0..2 {
+            for _ in 0..CONFLICTS.0 {
+                assert_eq!(conflicts.fail(CONFLICT), Reaction::Retry(CONFLICTS.1));
             }
-            for _ in 0..times {
-                planner.fail(sqlstate);
+            conflicts.record_success(1000);
+            for _ in 0..LOCKED.0 {
+                // The table is locked if EXPLAIN waits as well.
+                assert_eq!(locks.fail(LOCK), Reaction::Diagnose);
+                assert_eq!(locks.wait_for_table(&error(LOCK)), Some(LOCKED.1));
+                assert_eq!(locks.rows(), 1000);
             }
-            assert_eq!(planner.fail(sqlstate), after);
+            assert_eq!(locks.wait_for_table(&error(LOCK)), None);
+            locks.record_success(1000);
         }
+        for _ in 0..CONFLICTS.0 {
+            conflicts.fail(CONFLICT);
+        }
+        assert_eq!(conflicts.fail(CONFLICT), Reaction::Diagnose);
+        assert_eq!(conflicts.wait_for_table(&error(REFUSAL)), None);
+    }
+
+    #[test]
+    fn a_row_whose_triggers_wait_for_a_lock_is_found_and_skipped() {
+        let mut planner = planner(8);
+        while !planner.next(i64::MAX, Duration::ZERO, false).single {
+            assert_eq!(planner.fail(LOCK), Reaction::Diagnose);
+        }
+        assert_eq!(planner.fail(LOCK), Reaction::StepOver { refused: false });
+        // Not one row is locked but the table, before one is chosen.
+        let next = planner.next(i64::MAX, Duration::ZERO, false);
+        assert_eq!(planner.react(next, &error(LOCK), false, false), Reaction::Retry(LOCKED.1));
     }
 
     #[test]

@@ -287,10 +287,8 @@ impl Sweep<'_> {
             }
             answer => answer?,
         };
-        let row = last_row(&answer).ok_or(Error::Answer("the count of the backlog"))?;
-        let counted = text(row, 0).and_then(|n| n.parse().ok());
-        let oldest = text(row, 1).and_then(start::read_time);
-        Ok(Some(Backlog::new(counted.ok_or(Error::Answer("the count of the backlog"))?, bound, oldest)))
+        let backlog = statement::read_backlog(&answer, bound).ok_or(Error::Answer("the count of the backlog"))?;
+        Ok(Some(backlog))
     }
 }
 

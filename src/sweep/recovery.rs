@@ -10,7 +10,7 @@ pub enum Recovery {
     Again,
     /// The server was too busy: take fewer rows.
     Smaller,
-    /// The table is locked: wait a little, a few times.
+    /// The table is locked, or a row: if EXPLAIN waits too, it is the table. Then wait a little, a few times.
     Later,
     /// A row was refused, unless EXPLAIN refuses the statement too: find the row.
     Bisect,

@@ -14,8 +14,9 @@ use tokio_postgres::SimpleQueryMessage;
 
 use super::open_index::EQUALS;
 use super::plan::{Plan, literal};
-use super::start::{Cursor, GREATER, ISO, Start};
+use super::start::{Cursor, GREATER, ISO, Start, read_time};
 use super::transaction::{LOCK_TIMEOUT, SEARCH_PATH, read_only, settings};
+use crate::api::status::Backlog;
 use crate::database::session::{last_row, text};
 
 /// What one batch did, before its COMMIT.
@@ -41,6 +42,18 @@ pub struct Receipt {
     xid: String,
     row: Cursor,
     time_completed: String,
+}
+
+/// Asks for the newest start of an open row, which a good clock and the right time zone do not put ahead of the server's clock.
+pub fn newest(plan: &Plan, start: &Start, statement_timeout: Duration) -> String {
+    let Plan { table, id, time_started, time_completed, .. } = plan;
+    let select = format!(
+        "SELECT to_char({}, {ISO}) FROM (SELECT {time_started} FROM {table} WHERE {} \
+         ORDER BY {time_started} DESC, {id} DESC LIMIT 1) AS newest",
+        start.started.in_utc(time_started, plan),
+        start.predicate.sql(time_completed)
+    );
+    read_only(&select, statement_timeout)
 }
 
 /// What a server tells of a receipt.
@@ -224,6 +237,12 @@ pub fn backlog(plan: &Plan, start: &Start, bound: i64, statement_timeout: Durati
     read_only(&select, statement_timeout)
 }
 
+/// Reads the answer of [`backlog`].
+pub fn read_backlog(answer: &[SimpleQueryMessage], bound: i64) -> Option<Backlog> {
+    let row = last_row(answer)?;
+    Some(Backlog::new(text(row, 0)?.parse().ok()?, bound, text(row, 1).and_then(read_time)))
+}
+
 /// Which server this is, and its timeline: a promoted standby begins another one.
 const SERVER: &str = "pg_catalog.concat((SELECT system_identifier FROM pg_catalog.pg_control_system()), ' ', \
     pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8))";
@@ -278,4 +297,37 @@ pub fn read_batch(answer: &[SimpleQueryMessage]) -> Option<Batch> {
         receipt: receipt(),
         ended: text(row, 9).and_then(|n| n.parse().ok()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn on_the_server_of_the_batch_the_transaction_decides_and_elsewhere_the_row() {
+        let (same, other, untold) = (Some(true), Some(false), None);
+        for (standby, same_server, transaction, row, fate) in [
+            (false, same, Some("committed"), Some("open"), Fate::Committed),
+            (false, same, Some("committed"), None, Fate::Committed),
+            (false, same, Some("aborted"), Some("completed"), Fate::NotCommitted),
+            (false, same, Some("in progress"), Some("open"), Fate::AskAgain),
+            // Too old to be known.
+            (false, same, None, Some("completed"), Fate::Unknown),
+            // After a failover.
+            (false, other, None, Some("completed"), Fate::Committed),
+            (false, other, None, Some("open"), Fate::NotCommitted),
+            (false, other, None, None, Fate::Unknown),
+            (false, untold, Some("in progress"), Some("open"), Fate::AskAgain),
+            (false, untold, Some("committed"), Some("completed"), Fate::Committed),
+            (false, untold, Some("aborted"), Some("open"), Fate::NotCommitted),
+            (false, untold, Some("committed"), None, Fate::Unknown),
+            // A standby may lag behind.
+            (true, None, None, Some("open"), Fate::AskAgain),
+            (true, None, None, Some("completed"), Fate::AskAgain),
+        ] {
+            let [transaction, row] = [transaction, row].map(|text: Option<&str>| text.map(str::to_owned));
+            let evidence = Evidence { standby, same_server, transaction, row };
+            assert_eq!(evidence.fate(), fate, "{evidence:?}");
+        }
+    }
 }

@@ -71,6 +71,22 @@ async fn rows_that_are_refused_are_named_with_the_cause() {
 }
 
 #[tokio::test]
+async fn a_table_that_the_operator_would_not_sweep_is_not_swept_from_a_file_either() {
+    let log = AuditTable::new().await;
+    log.start_many(3).await;
+    log.run("ALTER TABLE audit_log ALTER time_started DROP NOT NULL").await;
+    let file = sweeper("") + &secret(&log.database.uri());
+    let output = sweep(&file, &["--output", "json"], &[]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), &report["error"]["reason"]), (Some(1), &json!("SchemaMismatch")), "{report}");
+    assert!(stderr(&output).contains("\"time_started\" may be NULL"), "{}", stderr(&output));
+    assert_eq!(log.open().await, [1, 2, 3]);
+    let forced = sweep(&file, &["--no-check"], &[]);
+    assert_eq!((forced.status.code(), log.timed_out().await), (Some(0), vec![1, 2, 3]), "{}", stderr(&forced));
+    assert!(stderr(&forced).contains("sweeping without a check of the table (--no-check)"), "{}", stderr(&forced));
+}
+
+#[tokio::test]
 async fn the_uri_comes_from_the_flag_then_the_environment_then_the_file() {
     let log = AuditTable::new().await;
     let (good, bad) = (log.database.uri(), "postgresql://u:hunter2leak@127.0.0.1:1/d");
@@ -147,15 +163,27 @@ async fn a_check_of_what_is_ready_exits_with_0_and_says_what_it_saw() {
         &format!("ok       table         \"public\".\"audit_log\", owned by {owner}\n"),
         "ok       index         (\"time_started\", \"id\") WHERE pg_catalog.num_nulls(\"time_completed\") = 1\n",
         "; the application's completions use \"audit_log_pkey\"\n",
-        "\n-- ready: 0 errors, 0 warnings\n",
+        "\n-- ready: 0 errors, 0 warnings\n-- the first sweep takes 1 row; the oldest started 20",
     ] {
         assert!(text.contains(line), "{line}{text}");
     }
     let output = run("check", &file, &["--output", "json"], &[]);
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let version = log.query("SHOW server_version").await;
-    assert_eq!(report, json!({ "ready": true, "server": { "version": version[0] }, "findings": [] }));
+    assert!(report["firstSweep"].as_object_mut().unwrap().remove("oldestTimeStarted").unwrap().is_string());
+    let first = json!({ "remaining": 1, "atLeast": false, "display": "1" });
+    assert_eq!(
+        report,
+        json!({ "ready": true, "server": { "version": version[0] }, "findings": [], "firstSweep": first })
+    );
     assert_eq!((output.status.code(), log.open().await), (Some(0), vec![1]));
+    log.complete(1).await;
+    let none = stdout(&run("check", &file, &[], &[]));
+    assert!(none.contains("\n-- the first sweep takes no row: none is stale\n"), "{none}");
+    log.run("DELETE FROM audit_log").await;
+    log.start_many(4).await;
+    let more = stdout(&run("check", &(sweeper(", limit: 3") + &secret(&log.database.uri())), &[], &[]));
+    assert!(more.contains("\n-- the first sweep takes 3 rows, and more are stale; the oldest started "), "{more}");
 }
 
 #[tokio::test]

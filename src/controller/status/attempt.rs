@@ -63,10 +63,10 @@ impl SweepAttempt {
         status.last_attempt_time = Some(whole_seconds(*start));
         status.last_handled_request = slot.answers.clone().or(status.last_handled_request.take());
         let updates = match &report.end {
-            Err(failure) => self.failed(status, sweeper, failure, end, sweep.timed_out),
+            Err(failure) => self.failed(status, sweeper, failure, end, sweep.taken()),
             Ok(Ended::Stopped) => {
                 // The next operator goes on with it at once, with what is left of its limit.
-                let left = sweep.timed_out < i64::from(sweeper.spec.limit);
+                let left = sweep.taken() < i64::from(sweeper.spec.limit);
                 let next = if left { whole_seconds(end) } else { sweeper.grid().after(*start, end) };
                 status.next_schedule_time = Some(next);
                 vec![]
@@ -119,7 +119,7 @@ impl SweepAttempt {
         sweeper: &Sweeper,
         failure: &Failure,
         end: DateTime<Utc>,
-        timed_out: i64,
+        taken: i64,
     ) -> Vec<ConditionUpdate> {
         let slot = &self.slot;
         let scheduled = status.next_schedule_time;
@@ -131,7 +131,7 @@ impl SweepAttempt {
         if let Some(scheduled) = asked.filter(|_| retry_waits) {
             // The retry that was due anyway still is, no sooner and no later.
             status.next_schedule_time = Some(scheduled);
-        } else if timed_out >= i64::from(sweeper.spec.limit) {
+        } else if taken >= i64::from(sweeper.spec.limit) {
             status.next_schedule_time = Some(next);
         }
         updates

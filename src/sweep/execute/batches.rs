@@ -11,8 +11,7 @@ impl Sweep<'_> {
         let mut planner = BatchPlanner::new(self.plan.batch_size, self.plan.yield_budget);
         let mut cursor = self.resume_after.clone();
         let ended = loop {
-            // Rows whose COMMIT is uncertain may be completed.
-            let left = limit - self.report.timed_out - self.report.uncertain;
+            let left = limit - self.report.timed_out;
             if left <= 0 {
                 break Ended::LimitReached;
             }
@@ -44,7 +43,7 @@ impl Sweep<'_> {
                         return Err(error);
                     }
                 }
-                reaction => self.recover(start, reaction, error).await?,
+                reaction => self.recover(start, reaction, error, &mut planner).await?,
             }
         };
         // The cursor stays behind refused rows until one sweep reaches the end.
@@ -85,12 +84,23 @@ impl Sweep<'_> {
     }
 
     /// Rolls back, then pauses or diagnoses before the next batch.
-    async fn recover(&self, start: &Start, reaction: Reaction, error: Error) -> Result<(), Error> {
+    async fn recover(
+        &self,
+        start: &Start,
+        reaction: Reaction,
+        error: Error,
+        planner: &mut BatchPlanner,
+    ) -> Result<(), Error> {
         self.session.rollback().await;
         match reaction {
             Reaction::Retry(about) => sleep_with_jitter(about).await,
             // If EXPLAIN fails too, the error is not about a row.
-            Reaction::Diagnose if !self.session.is_closed() => explain(&self.session, self.plan, start).await?,
+            Reaction::Diagnose if !self.session.is_closed() => {
+                if let Err(error) = explain(&self.session, self.plan, start).await {
+                    let pause = planner.wait_for_table(&error).ok_or(error)?;
+                    sleep_with_jitter(pause).await;
+                }
+            }
             _ => return Err(error),
         }
         Ok(())

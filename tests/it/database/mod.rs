@@ -2,6 +2,7 @@
 
 mod bouncer;
 mod connections;
+mod counts;
 mod edges;
 mod faults;
 mod history;

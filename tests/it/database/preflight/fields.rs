@@ -212,3 +212,34 @@ async fn a_key_of_several_columns_is_refused_by_name() {
         found.message
     );
 }
+
+#[tokio::test]
+async fn a_start_far_ahead_of_the_clock_shows_a_wrong_zone() {
+    let table = TABLE.replace("time_started timestamptz", "time_started timestamp");
+    for (type_, zone, ahead, found) in [
+        ("timestamp", "UTC", "2 h", Some("spec.columns.timeZone")),
+        ("timestamp", "Etc/GMT-2", "2 h", None),
+        ("timestamptz", "UTC", "2 h", Some("")),
+        ("timestamptz", "UTC", "55 s", None),
+    ] {
+        let table = if type_ == "timestamp" { &table } else { TABLE };
+        let stage = Stage::new(&format!("SET TimeZone = UTC; {table}; {INDEX}")).await;
+        let row = format!(
+            "INSERT INTO audit_log VALUES ('{}', clock_timestamp()::{type_} + interval '{ahead}')",
+            crate::fixtures::id(1)
+        );
+        stage.log.run(&format!("SET TimeZone = UTC; {row}")).await;
+        let checked = stage.check(&json!({ "columns": { "timeZone": zone } })).await;
+        let warned = checked.findings.iter().map(|warned| {
+            assert!(
+                warned.severity == Severity::Warning && warned.message.contains("after the server's clock"),
+                "{warned:#?}"
+            );
+            match &warned.fix {
+                Some(Fix::Field(field)) => field.as_str(),
+                _ => "",
+            }
+        });
+        assert_eq!(warned.collect::<Vec<_>>(), found.into_iter().collect::<Vec<_>>(), "{type_} {zone} {ahead}");
+    }
+}

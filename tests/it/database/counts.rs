@@ -1,0 +1,140 @@
+//! What is counted is what the table shows, whatever triggers, locks, lost answers and short deadlines do.
+
+use std::time::{Duration, Instant};
+
+use audit_log_sweeper::api::Reason;
+use audit_log_sweeper::api::status::Outcome;
+use audit_log_sweeper::sweep::sweep;
+use serde_json::json;
+use support::postgres::{PostgresOptions, PostgresServer};
+use tokio_util::sync::CancellationToken;
+
+use crate::fixtures::AuditTable;
+use crate::fixtures::proxy::{Lose, Proxy};
+
+#[tokio::test]
+async fn rows_that_a_trigger_leaves_open_are_suppressed_and_not_timed_out() {
+    for body in [
+        "IF right(NEW.id::text, 1) IN ('2', '4') THEN RETURN OLD; END IF;",
+        "IF right(NEW.id::text, 1) IN ('2', '4') THEN NEW.time_completed := NULL; NEW.result_kind := NULL; END IF;",
+    ] {
+        for batch in [1, 2, 10] {
+            let log = AuditTable::new().await;
+            log.start_many(5).await;
+            log.before_update(body).await;
+            let report = log.sweep(json!({ "batchSize": batch })).await;
+            assert_eq!((report.timed_out, report.suppressed, report.outcome()), (3, 2, Outcome::Drained), "{report:?}");
+            assert_eq!((log.timed_out().await, log.open().await), (vec![1, 3, 5], vec![2, 4]));
+            assert_eq!(report.backlog.unwrap().remaining, 2);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_unique_index_on_the_completion_time_makes_no_sweep_wait_for_references() {
+    let log = AuditTable::new().await;
+    log.start_many(4).await;
+    log.run(
+        "CREATE UNIQUE INDEX everything ON audit_log (time_completed, id); \
+         CREATE TABLE part (log uuid REFERENCES audit_log (id))",
+    )
+    .await;
+    let mut application = log.database.client().await.unwrap();
+    let transaction = application.transaction().await.unwrap();
+    transaction.execute(&format!("INSERT INTO part VALUES ('{}')", crate::fixtures::id(2)), &[]).await.unwrap();
+    let began = Instant::now();
+    let report = log.sweep(json!({ "batchSize": 3 })).await;
+    assert_eq!(
+        (report.timed_out, report.end.clone()),
+        (3, Ok(audit_log_sweeper::sweep::report::Ended::Drained)),
+        "{report:?}"
+    );
+    assert_eq!(log.timed_out().await, [1, 3, 4]);
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    transaction.commit().await.unwrap();
+    assert_eq!((log.sweep(json!({})).await.timed_out, log.open().await), (1, vec![]));
+}
+
+#[tokio::test]
+async fn a_row_lock_is_not_taken_for_a_lock_of_the_table() {
+    // A trigger reads another table's row, which somebody holds: only the one row waits for it.
+    let log = AuditTable::new().await;
+    log.start_many(5).await;
+    log.run("CREATE TABLE other (n int); INSERT INTO other VALUES (1)").await;
+    log.before_update("IF right(NEW.id::text, 1) = '3' THEN PERFORM n FROM other FOR UPDATE; END IF;").await;
+    let mut application = log.database.client().await.unwrap();
+    let transaction = application.transaction().await.unwrap();
+    transaction.execute("UPDATE other SET n = 2", &[]).await.unwrap();
+    let report = log.sweep(json!({ "statementTimeout": "1s" })).await;
+    assert_eq!((report.timed_out, report.skipped, report.refused), (4, 1, 0), "{report:?}");
+    assert_eq!((report.end.clone().err(), log.timed_out().await), (None, vec![1, 2, 4, 5]));
+    assert_eq!(report.backlog.unwrap().remaining, 1);
+}
+
+#[tokio::test]
+async fn the_backlog_counts_what_was_stepped_over_after_many_rows() {
+    let log = AuditTable::new().await;
+    log.start_many(10_020).await;
+    log.run("ALTER TABLE audit_log ADD CONSTRAINT never CHECK (time_completed IS NULL OR id::text NOT LIKE '%00001') NOT VALID").await;
+    let mut application = log.database.client().await.unwrap();
+    let transaction = application.transaction().await.unwrap();
+    let held = format!("UPDATE audit_log SET user_agent = 'x' WHERE id = '{}'", crate::fixtures::id(2));
+    transaction.execute(&held, &[]).await.unwrap();
+    let report = log.sweep(json!({ "limit": 100_000, "batchSize": 5000 })).await;
+    assert_eq!((report.timed_out, report.refused, report.outcome()), (10_018, 1, Outcome::Drained), "{report:?}");
+    assert_eq!(report.backlog.unwrap().remaining, 2);
+}
+
+#[tokio::test]
+async fn the_transaction_tells_of_a_lost_commit_whatever_its_row_looks_like_since() {
+    // A trigger after the update, and one that rounds, leave another time in the row than the statement returned.
+    for trigger in [
+        "CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF pg_trigger_depth() = 1 THEN UPDATE audit_log \
+           SET time_completed = date_trunc('hour', time_completed) + interval '1 day' WHERE id = NEW.id; END IF; RETURN NULL; END $$; \
+         CREATE TRIGGER later AFTER UPDATE ON audit_log FOR EACH ROW EXECUTE FUNCTION later()",
+        "CREATE FUNCTION gone() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN DELETE FROM audit_log WHERE id = NEW.id; RETURN NULL; END $$; \
+         CREATE TRIGGER gone AFTER UPDATE ON audit_log FOR EACH ROW EXECUTE FUNCTION gone()",
+    ] {
+        for (lose, committed) in [(Lose::Answer, 2), (Lose::Request, 0)] {
+            let log = AuditTable::new().await;
+            log.start_many(5).await;
+            log.run(trigger).await;
+            let proxy = Proxy::new(log.port(), lose).await;
+            let uri = log.uri().replace(&format!(":{}/", log.port()), &format!(":{}/", proxy.address.port()));
+            let report = sweep(&log.job_at(&uri, json!({ "batchSize": 2 })), &CancellationToken::new()).await;
+            assert_eq!((report.timed_out, report.uncertain), (committed, 0), "{lose:?}: {report:?}");
+            assert_eq!(report.end.as_ref().unwrap_err().reason, Reason::ConnectionLost);
+            assert_eq!(log.open().await.len(), 5 - usize::try_from(committed).unwrap());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_sweep_ends_within_five_seconds_of_its_deadline() {
+    // No standby ever answers, so COMMIT waits.
+    let settings = vec![("synchronous_standby_names".to_owned(), "'nobody'".to_owned())];
+    let server = PostgresServer::start(PostgresOptions { settings, ..Default::default() }).await.unwrap();
+    let admin = server.connect("postgres").await.unwrap();
+    admin.batch_execute("ALTER SYSTEM SET synchronous_commit = local").await.unwrap();
+    admin.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    let log = AuditTable::on(&server).await;
+    log.start_many(5).await;
+    let admin = server.connect("postgres").await.unwrap();
+    admin.batch_execute(&format!("ALTER ROLE {} SET synchronous_commit = on", log.database.user)).await.unwrap();
+    log.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = current_user AND pid <> pg_backend_pid()").await;
+    for (deadline, least) in [("1s", 1), ("2s", 2)] {
+        let report = log.sweep(json!({ "deadline": deadline, "statementTimeout": "1s", "batchSize": 2 })).await;
+        assert!(report.duration < Duration::from_secs(least + 5), "{deadline}: {report:?}");
+        assert_eq!(report.timed_out + report.uncertain, 2, "{deadline}: {report:?}");
+    }
+
+    // The answer to COMMIT is lost, and with it the way to the server.
+    let log = AuditTable::new().await;
+    log.start_many(3).await;
+    let proxy = Proxy::new(log.port(), Lose::AnswerAndServer).await;
+    let uri = log.uri().replace(&format!(":{}/", log.port()), &format!(":{}/", proxy.address.port()));
+    let job = log.job_at(&uri, json!({ "deadline": "1s", "statementTimeout": "1s" }));
+    let report = sweep(&job, &CancellationToken::new()).await;
+    assert_eq!((report.timed_out, report.uncertain), (0, 3), "{report:?}");
+    assert!(report.duration < Duration::from_secs(6), "{report:?}");
+}
