@@ -99,10 +99,11 @@ pub(super) fn read(uri: &ConnectionUri) -> Result<Parsed, Error> {
     let mut parsed = read_address(address)?;
     if let Some(user_info) = user_info {
         let (user, password) = user_info.split_once(':').map_or((user_info, None), |(user, pw)| (user, Some(pw)));
-        if !user.is_empty() {
+        // As in libpq, what comes after the ? wins.
+        if !user.is_empty() && parsed.config.get_user().is_none() {
             parsed.config.user(decode(user));
         }
-        if let Some(password) = password {
+        if let Some(password) = password.filter(|_| parsed.config.get_password().is_none()) {
             parsed.config.password(decode(password));
         }
     }

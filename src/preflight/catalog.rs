@@ -102,6 +102,13 @@ pub struct Column {
     /// The type that a domain is over in the end, or the type itself.
     pub base_schema: String,
     pub base: String,
+    /// The role may use the schema of the base type, whose operators a sweep names.
+    pub base_usage: bool,
+    /// Who may grant that.
+    pub base_schema_owner: String,
+    /// What a stored generated column computes, and the columns that it reads.
+    pub expression: Option<String>,
+    pub reads: Vec<String>,
     /// The base type's modifier: the digits of a second for a time, or -1.
     pub typmod: i64,
     /// NULL is refused, and was always.
@@ -127,6 +134,8 @@ pub struct Trigger {
     pub for_each_row: bool,
     /// UPDATE OF these; empty: any.
     pub columns: Vec<String>,
+    /// It fires for complete rows alone, so no sweep meets it.
+    pub of_complete_rows: bool,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -157,6 +166,8 @@ pub struct Node {
     pub owner: String,
     /// It is partitioned by an expression.
     pub by_expression: bool,
+    /// Its updates are published, and nothing identifies a row for that: the server refuses them.
+    pub unidentified: bool,
     /// Rows, as VACUUM and ANALYZE last estimated them.
     pub rows: i64,
     /// Autovacuum comes when more rows than this are dead. None: it never comes.
@@ -180,6 +191,10 @@ pub struct Index {
     pub columns: Vec<Option<String>>,
     /// It has further columns.
     pub includes: bool,
+    /// Every column that it reads: in its columns, its expressions and its WHERE.
+    pub reads: Vec<String>,
+    /// It belongs to an exclusion constraint.
+    pub exclusion: bool,
     /// It holds exactly the open rows, by this predicate.
     pub open: Option<OpenPredicate>,
     /// It is valid, but PostgreSQL does not use it before older transactions end.
@@ -234,13 +249,13 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
                  AND c.relpersistence <> 't'"
             )
         ),
-        about_table = table::question(),
+        about_table = table::question(plan),
         tree = list(
             &format!(
                 "json_build_object('oid', c.oid::bigint, 'parent', tree.parent::bigint, 'schema', n.nspname, \
                  'name', c.relname, 'kind', c.relkind::text, 'owner', pg_get_userbyid(c.relowner), 'by_expression', \
                  EXISTS (SELECT FROM pg_partitioned_table t WHERE t.partrelid = c.oid AND t.partexprs IS NOT NULL), \
-                 'rows', greatest(c.reltuples, 0)::bigint, 'autovacuum_at', {AUTOVACUUM_AT}, \
+                 'unidentified', c.relkind = 'r' AND {UNIDENTIFIED}, 'rows', greatest(c.reltuples, 0)::bigint, 'autovacuum_at', {AUTOVACUUM_AT}, \
                  'indexes', {}) ORDER BY tree.level, c.oid",
                 indexes(&plan.names.time_completed)
             ),
@@ -265,6 +280,12 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
     )
 }
 
+/// Whether `c`, in the schema `n`, lacks a replica identity while a publication has its updates.
+const UNIDENTIFIED: &str = "NOT EXISTS (SELECT FROM pg_index x WHERE x.indrelid = c.oid \
+      AND CASE c.relreplident WHEN 'd' THEN x.indisprimary WHEN 'i' THEN x.indisreplident END) AND c.relreplident <> 'f' \
+    AND EXISTS (SELECT FROM pg_publication_tables t JOIN pg_publication p ON p.pubname = t.pubname \
+      WHERE p.pubupdate AND (t.schemaname, t.tablename) = (n.nspname, c.relname))";
+
 /// How many rows of `c` must be dead for autovacuum to come; NULL: it never comes. A setting of the table wins over that of
 /// the server, and 18 has an upper bound.
 const AUTOVACUUM_AT: &str = "(SELECT CASE WHEN current_setting('autovacuum')::boolean \
@@ -288,13 +309,20 @@ fn indexes(completed: &str) -> String {
                    FROM unnest(x.indkey::int2[]) WITH ORDINALITY AS key(attnum, n) \
                    LEFT JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = key.attnum AND key.attnum <> 0 \
                    WHERE key.n <= x.indnkeyatts)";
+    // What is in an expression or a predicate is a dependency; a plain column may be only in the key.
+    let reads = list(
+        "a.attname",
+        "pg_attribute a WHERE a.attrelid = x.indrelid AND a.attnum > 0 AND (a.attnum = ANY (x.indkey::int2[]) \
+         OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = ic.oid \
+           AND d.refclassid = 'pg_class'::regclass AND d.refobjid = x.indrelid AND d.refobjsubid = a.attnum))",
+    );
     list(
         &format!(
             "json_build_object('oid', ic.oid::bigint, 'parent', (SELECT h.inhparent::bigint FROM pg_inherits h \
                WHERE h.inhrelid = ic.oid), 'name', ic.relname, \
              'constraint', EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = ic.oid AND k.contype IN ('p', 'u', 'x')), 'valid', x.indisvalid AND x.indisready, \
              'unique', x.indisunique, 'columns', {columns}, 'ordered', {INDEX_ORDERED}, \
-             'includes', x.indnatts > x.indnkeyatts, 'partial', x.indpred IS NOT NULL, \
+             'includes', x.indnatts > x.indnkeyatts, 'reads', {reads}, 'exclusion', x.indisexclusion, 'partial', x.indpred IS NOT NULL, \
              'open', CASE pg_get_expr(x.indpred, x.indrelid) WHEN {private} THEN 'private' WHEN {plain} THEN 'plain' END, \
              'pending', {INDEX_PENDING}) \
              ORDER BY ic.relname"

@@ -1,8 +1,8 @@
 //! Judges the facts, pure: what passes, what does not, why that matters, and what fixes it.
 
-use super::catalog::{Catalog, Column, Node, Schema, Server, Table};
+use super::catalog::{Catalog, Column, Node, Schema, Server, Table, Trigger};
 use super::finding::{Fix, PreflightReport, RunAs, Severity, Subject};
-use super::fix::{self, Does, Wanted, field, part, parts, qualified, quoted, sql};
+use super::fix::{self, Does, Wanted, field, part, parts, qualified, quoted};
 use crate::api::Reason;
 use crate::sweep::Plan;
 use crate::sweep::open_index::OpenPredicate;
@@ -76,7 +76,7 @@ pub(super) struct Judge<'a> {
     pub(super) plan: &'a Plan,
     pub(super) names: &'a Names,
     pub(super) server: &'a Server,
-    schema: &'a Schema,
+    pub(super) schema: &'a Schema,
     pub(super) table: &'a Table,
     root: &'a Node,
     facts: &'a Catalog,
@@ -88,7 +88,7 @@ impl Judge<'_> {
     }
 
     /// Statements for the table's owner.
-    fn by_owner(&self, statements: impl IntoIterator<Item = String>) -> Fix {
+    pub(super) fn by_owner(&self, statements: impl IntoIterator<Item = String>) -> Fix {
         self.by(&self.table.owner, &self.names.schema, RunAs::Owner(self.table.owner.clone()), statements)
     }
 
@@ -143,6 +143,14 @@ impl Judge<'_> {
             let message =
                 format!("the rule {rule} rewrites every UPDATE of the table: what a sweep would do is not to be told");
             find(message, &self.table.owner, &self.names.schema, fix::alter(table, &format!("DISABLE RULE {rule}")));
+        }
+        for node in self.facts.tree.iter().filter(|node| node.unidentified) {
+            let name = qualified(&node.schema, &node.name);
+            let message = format!(
+                "the updates of {name} are published, and it has no replica identity: the server refuses every UPDATE. A unique \
+                 index on NOT NULL columns would do, too, and writes less WAL (REPLICA IDENTITY USING INDEX)"
+            );
+            find(message, &node.owner, &node.schema, fix::alter(&name, "REPLICA IDENTITY FULL"));
         }
         if checked.is_clean(Subject::Table) {
             let partitions = self.facts.tree.iter().filter(|node| node.kind == "r" && node.parent.is_some()).count();
@@ -280,62 +288,6 @@ impl Judge<'_> {
         }
     }
 
-    fn rights(&self, checked: &mut PreflightReport) {
-        let user = quoted(&self.server.user);
-        if !self.schema.usage {
-            let schema = quoted(&self.names.schema);
-            let message = format!("{user} may not use the schema {schema}");
-            let grant = format!("GRANT USAGE ON SCHEMA {schema} TO {user}");
-            let fix = sql(RunAs::SchemaOwner(self.schema.owner.clone()), [grant]);
-            checked.find(Subject::Rights, Blocking, Reason::PermissionDenied, message, fix);
-        }
-        let Names { id, time_started, time_completed, complete, .. } = self.names;
-        let missing = |names: &[&str], has: fn(&Column) -> bool| {
-            let columns = names.iter().filter_map(|name| self.column(name));
-            fix::names(columns.filter(|column| !has(column)).map(|column| column.name.as_str()))
-        };
-        let read = missing(&[id, time_started, time_completed], |column| column.select);
-        let mut set = vec![time_completed.as_str()];
-        set.extend(complete.iter().map(|(name, _)| name.as_str()));
-        let set = missing(&set, |column| column.update);
-        let rights: Vec<String> = [("SELECT", read), ("UPDATE", set)]
-            .into_iter()
-            .filter(|(_, columns)| !columns.is_empty())
-            .map(|(right, columns)| format!("{right} ({columns})"))
-            .collect();
-        if !rights.is_empty() {
-            let (rights, table) = (rights.join(", "), &self.plan.table);
-            let message = format!("{user} lacks {rights} on {table}");
-            let fix = self.by_owner([format!("GRANT {rights} ON {table} TO {user}")]);
-            checked.find(Subject::Rights, Blocking, Reason::PermissionDenied, message, fix);
-        }
-        if checked.is_clean(Subject::Rights) {
-            checked.pass(Subject::Rights, format!("{user} may read the key and set what a sweep sets"));
-        }
-    }
-
-    fn row_security(&self, checked: &mut PreflightReport) {
-        let table = self.table;
-        if !table.row_security {
-            checked.pass(Subject::RowSecurity, "off for this table");
-        } else if self.server.bypass || table.owned && !table.force_row_security {
-            checked.pass(Subject::RowSecurity, "does not apply to this role");
-        } else {
-            let user = quoted(&self.server.user);
-            let (forced, fix) = if table.owned {
-                let action = fix::alter(&self.plan.table, "NO FORCE ROW LEVEL SECURITY");
-                (", also to its owner (FORCE)", self.by_owner([action]))
-            } else {
-                ("", sql(RunAs::Superuser, [format!("ALTER ROLE {user} BYPASSRLS")]))
-            };
-            let message = format!(
-                "row security applies to {user}{forced}. Policies can hide stale rows without a word, so a sweep asks \
-                 the server to refuse instead; none can be written that it accepts"
-            );
-            checked.find(Subject::RowSecurity, Blocking, Reason::RowSecurity, message, fix);
-        }
-    }
-
     fn constraints(&self, checked: &mut PreflightReport) {
         for constraint in self.table.constraints.iter().filter(|c| c.expression.is_some() && !c.validated) {
             let (table, name) = (qualified(&constraint.schema, &constraint.table), quoted(&constraint.name));
@@ -358,7 +310,8 @@ impl Judge<'_> {
             .table
             .triggers
             .iter()
-            .filter(|t| t.columns.is_empty() || t.columns.iter().any(|name| self.names.sets(name)));
+            .filter(|t| t.columns.is_empty() || t.columns.iter().any(|name| self.names.sets(name)))
+            .filter(|t| !t.of_complete_rows);
         let (before, others): (Vec<_>, Vec<_>) = fires.partition(|trigger| trigger.before && trigger.for_each_row);
         for trigger in before {
             let message = format!(
@@ -377,7 +330,14 @@ impl Judge<'_> {
                 let names = fix::names(others.iter().map(|trigger| trigger.name.as_str()));
                 format!("{names}; what they write to, and the rights and row security there, were not looked at")
             };
-            checked.pass(Subject::Triggers, seen);
+            let protects = |t: &&Trigger| t.of_complete_rows && t.before && t.for_each_row && t.columns.is_empty();
+            let protected = match self.table.triggers.iter().find(protects) {
+                Some(trigger) => format!("{} keeps complete rows as they are", quoted(&trigger.name)),
+                None => {
+                    "nothing keeps the application from changing complete rows (manifests/sql/immutable.sql)".into()
+                }
+            };
+            checked.pass(Subject::Triggers, format!("{seen}; {protected}"));
         }
     }
 }

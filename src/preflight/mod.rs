@@ -1,4 +1,4 @@
-//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `columns`, `types`, `index`), tries the values
+//! Looks whether a sweep could run, without running it: asks (`catalog`), judges (`judge`, `columns`, `types`, `index`, `rights`), tries the values
 //! (`values`) and says what fixes what it found (`finding`, `fix`).
 
 mod batch;
@@ -9,6 +9,7 @@ mod fix;
 mod index;
 mod json;
 mod judge;
+mod rights;
 mod types;
 mod values;
 

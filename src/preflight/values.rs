@@ -1,6 +1,6 @@
 //! Tries what a sweep sets, after the catalog was judged: whether each value fits its column and passes the CHECKs on it.
 
-use super::catalog::{Catalog, Column, Constraint, Table};
+use super::catalog::{Catalog, Column, Constraint, Index, Table};
 use super::finding::{PreflightReport, Severity, Subject};
 use super::fix::{self, field, qualified, quoted};
 use crate::api::Reason;
@@ -31,62 +31,108 @@ enum Check {
     Decided,
     /// True alone holds whatever else is in the row.
     Undecided,
+    /// Any passes; an error may have to do with what else is in the row.
+    Computed,
 }
 
 /// What there is to try. The expressions are the server's own text of its catalog.
 pub fn trials(plan: &Plan, table: &Table) -> Vec<Trial> {
-    let complete = &plan.names.complete;
-    let column = |name: &str| table.columns.iter().find(|column| column.name == name);
-    let cast = |value: &Option<String>, column: &Column| {
-        let value = value.as_deref().map_or_else(|| "NULL".into(), literal);
-        format!("CAST({value} AS {}){}", column.type_text, column.collate)
-    };
-    let path = |position: usize, value: &Option<String>| {
-        format!("spec.complete[{position}].{}", if value.is_some() { "value" } else { "setNull" })
-    };
+    let rows = Rows { plan, table };
     let mut trials = vec![];
-    for (position, (name, value)) in complete.iter().enumerate() {
-        let (Some(column), field) = (column(name), path(position, value)) else { continue };
+    for (position, (name, value)) in plan.names.complete.iter().enumerate() {
+        let (Some(column), field) = (rows.column(name), path(position, value)) else { continue };
         let what = format!("{} (of type {}) cannot hold what {field} sets", quoted(name), column.type_text);
         trials.push(Trial { sql: format!("SELECT {}", cast(value, column)), check: Check::No, what, field });
     }
-    let mut row: Vec<String> = complete
-        .iter()
-        .filter_map(|(name, value)| Some(format!("{} AS {}", cast(value, column(name)?), quoted(name))))
-        .collect();
-    row.push(format!("clock_timestamp() AS {}", plan.time_completed));
-    for constraint in &table.constraints {
-        let (Some(expression), Some((position, (_, value)))) = (
-            &constraint.expression,
-            complete.iter().enumerate().find(|(_, (name, _))| constraint.columns.contains(&Some(name.clone()))),
-        ) else {
-            continue;
-        };
-        let (decided, name) = (is_decided(plan, constraint), name(constraint));
-        // What a sweep does not set is mostly NULL in incomplete rows.
-        let others = constraint.columns.iter().flatten().filter(|name| !plan.names.sets(name));
-        let others = others.filter_map(|name| Some(format!("{} AS {}", cast(&None, column(name)?), quoted(name))));
-        let row: Vec<String> = row.iter().cloned().chain(others).collect();
-        let what = if decided {
-            format!("{name} refuses what a sweep sets")
-        } else {
-            format!("{name}, which also reads what a sweep does not set, may refuse rows; that was not tried")
-        };
-        trials.push(Trial {
-            sql: format!("SELECT ({expression}) FROM (SELECT {}) AS t", row.join(", ")),
-            check: if decided { Check::Decided } else { Check::Undecided },
-            what,
-            field: path(position, value),
-        });
-    }
+    trials.extend(table.constraints.iter().filter_map(|constraint| of_constraint(&rows, constraint)));
+    trials.extend(table.columns.iter().filter_map(|column| of_generated(&rows, column)));
     trials
+}
+
+fn of_constraint(rows: &Rows, constraint: &Constraint) -> Option<Trial> {
+    let (expression, field) = (constraint.expression.as_ref()?, set_by(rows.plan, &constraint.columns)?);
+    let (decided, name) = (is_decided(rows.plan, constraint), name(constraint));
+    let what = if decided {
+        format!("{name} refuses what a sweep sets")
+    } else {
+        format!("{name}, which also reads what a sweep does not set, may refuse rows; that was not tried")
+    };
+    // NULL passes a CHECK. Where more is read than a sweep sets, another value may not.
+    let passes = if decided { format!("({expression})") } else { format!("({expression}) IS TRUE") };
+    Some(Trial {
+        sql: format!("SELECT bool_and({passes}) FROM ({}) AS t", rows.sql(&constraint.columns)),
+        check: if decided { Check::Decided } else { Check::Undecided },
+        what,
+        field,
+    })
+}
+
+fn of_generated(rows: &Rows, generated: &Column) -> Option<Trial> {
+    let reads: Vec<Option<String>> = generated.reads.iter().cloned().map(Some).collect();
+    let (expression, field) = (generated.expression.as_ref()?, set_by(rows.plan, &reads)?);
+    let what = format!("the server cannot compute the generated column {} for a row", quoted(&generated.name));
+    let sql = format!("SELECT min(({expression})::text) FROM ({}) AS t", rows.sql(&reads));
+    Some(Trial { sql, check: Check::Computed, what, field })
+}
+
+fn cast(value: &Option<String>, column: &Column) -> String {
+    let value = value.as_deref().map_or_else(|| "NULL".into(), literal);
+    format!("CAST({value} AS {}){}", column.type_text, column.collate)
+}
+
+/// Rows as a sweep would complete them.
+struct Rows<'a> {
+    plan: &'a Plan,
+    table: &'a Table,
+}
+
+impl Rows<'_> {
+    fn column(&self, name: &str) -> Option<&Column> {
+        self.table.columns.iter().find(|column| column.name == name)
+    }
+
+    /// Two rows with what a sweep sets and the further columns that something reads. Their starts are one of the newest stale ones
+    /// and a very old one. The rest is NULL, as mostly in open rows.
+    fn sql(&self, reads: &[Option<String>]) -> String {
+        let names = &self.plan.names;
+        let item = |name: &str, value: String| format!("{value} AS {}", quoted(name));
+        let time = |name: &str, time: &str| {
+            let type_ = self.column(name).map_or("timestamptz", |column| column.type_text.as_str());
+            item(name, format!("CAST({time} AS {type_})"))
+        };
+        let set = names.complete.iter();
+        let set = set.filter_map(|(name, value)| Some(item(name, cast(value, self.column(name)?))));
+        let others = reads.iter().flatten().filter(|name| !names.sets(name) && **name != names.time_started);
+        let others = others.filter_map(|name| Some(item(name, cast(&None, self.column(name)?))));
+        let mut row: Vec<String> = set.chain(others).collect();
+        row.push(time(&names.time_completed, "clock_timestamp()"));
+        let newest = format!("clock_timestamp() - interval '{} seconds'", self.plan.timeout.as_secs());
+        let start = |start: &str| format!("SELECT {}, {}", row.join(", "), time(&names.time_started, start));
+        format!("{} UNION ALL {}", start(&newest), start("timestamptz '1970-01-01'"))
+    }
+}
+
+/// The field of the spec by which a sweep sets one of these columns, if it sets one.
+fn set_by(plan: &Plan, columns: &[Option<String>]) -> Option<String> {
+    let reads = |name: &String| columns.iter().any(|column| column.as_ref() == Some(name));
+    let complete = plan.names.complete.iter().enumerate().find(|(_, (name, _))| reads(name));
+    match complete {
+        Some((position, (_, value))) => Some(path(position, value)),
+        None => reads(&plan.names.time_completed).then(|| "spec.columns.timeCompleted".to_owned()),
+    }
+}
+
+fn path(position: usize, value: &Option<String>) -> String {
+    format!("spec.complete[{position}].{}", if value.is_some() { "value" } else { "setNull" })
 }
 
 /// Judges what became of a trial: the server's answer, or its error.
 pub fn trial(trial: &Trial, answer: Result<Option<&str>, &Error>, checked: &mut PreflightReport) {
     let state = match (answer, trial.check) {
-        (Ok(Some("t")), _) | (Ok(_), Check::No) | (Ok(None), Check::Decided) => return,
-        (Err(error), Check::No | Check::Decided) => format!(" (SQLSTATE {})", error.sqlstate().unwrap_or("unknown")),
+        (Ok(Some("t")), _) | (Ok(_), Check::No | Check::Computed) | (Ok(None), Check::Decided) => return,
+        (Err(error), Check::No | Check::Decided | Check::Computed) => {
+            format!(" (SQLSTATE {})", error.sqlstate().unwrap_or("unknown"))
+        }
         _ => String::new(),
     };
     // Never the server's text: an expression may call a function that quotes rows.
@@ -95,6 +141,9 @@ pub fn trial(trial: &Trial, answer: Result<Option<&str>, &Error>, checked: &mut 
         |error: &&Error| error.sqlstate().is_some_and(|code| code.starts_with("22") || code.starts_with("23"));
     if trial.check == Check::Undecided {
         checked.find(Subject::Complete, Warning, Reason::RowRefused, trial.what.clone(), None);
+    } else if trial.check == Check::Computed {
+        let message = format!("{}, so that it may refuse rows{state}", trial.what);
+        checked.find(Subject::Complete, Warning, Reason::RowRefused, message, None);
     } else if answer.err().is_none_or(|error| refused(&error)) {
         let message = format!("{}, so that no row could be completed{state}", trial.what);
         checked.find(Subject::Complete, Blocking, Reason::SchemaMismatch, message, field(&trial.field));
@@ -116,10 +165,12 @@ pub fn untried(plan: &Plan, facts: &Catalog, table: &Table, checked: &mut Prefli
         may_refuse.push(format!("the foreign key {}", name(key)));
     }
     for node in &facts.tree {
-        // One that holds the key is as unique as before.
-        let unique = node.indexes.iter().filter(|index| index.unique && index.parent.is_none());
-        for index in unique.filter(|index| sets(&index.columns) && !index.columns.contains(&Some(names.id.clone()))) {
-            may_refuse.push(format!("the unique index {}", qualified(&node.schema, &index.name)));
+        for index in node.indexes.iter().filter(|index| index.parent.is_none() && may_collide(index, &names.id)) {
+            let reads: Vec<_> = index.reads.iter().cloned().map(Some).collect();
+            if sets(&reads) || index.reads.contains(&names.time_completed) {
+                let kind = if index.exclusion { "exclusion constraint" } else { "unique index" };
+                may_refuse.push(format!("the {kind} {}", qualified(&node.schema, &index.name)));
+            }
         }
     }
     for what in may_refuse {
@@ -127,6 +178,13 @@ pub fn untried(plan: &Plan, facts: &Catalog, table: &Table, checked: &mut Prefli
         checked.unpass(Subject::Complete);
         checked.find(Subject::Complete, Warning, Reason::RowRefused, message, None);
     }
+}
+
+/// Whether a row can collide with another in this index when it is completed.
+fn may_collide(index: &Index, id: &str) -> bool {
+    // One that holds the key is as unique as before, and one of open rows loses the row.
+    let harmless = index.columns.iter().any(|column| column.as_deref() == Some(id)) || index.open.is_some();
+    index.exclusion || index.unique && !harmless
 }
 
 /// Whether what a sweep sets decides a CHECK by itself.

@@ -1,9 +1,11 @@
 //! The question about the table itself: its columns, rules, triggers and constraints. A part of `catalog`.
 
 use crate::preflight::json::list;
+use crate::sweep::Plan;
+use crate::sweep::plan::literal;
 
-pub(super) fn question() -> String {
-    let (columns, triggers, constraints) = (columns(), triggers(), constraints());
+pub(super) fn question(plan: &Plan) -> String {
+    let (columns, triggers, constraints) = (columns(), triggers(plan), constraints());
     let rules = list(
         "r.rulename ORDER BY r.rulename",
         "pg_rewrite r WHERE r.ev_class = c.oid AND r.ev_type = '2' AND r.ev_enabled IN ('O', 'A')",
@@ -25,6 +27,11 @@ fn columns() -> String {
     let not_null = "a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid \
                     AND k.contype = 'n' AND NOT k.convalidated AND k.conkey[1] = a.attnum)";
     // A column of a partition key, be it in an expression, depends on its table.
+    // A domain may refuse NULL, too.
+    let not_null = format!(
+        "({not_null} OR EXISTS (WITH RECURSIVE b AS (SELECT t.typnotnull, t.typbasetype UNION ALL \
+           SELECT u.typnotnull, u.typbasetype FROM b JOIN pg_type u ON u.oid = b.typbasetype) SELECT FROM b WHERE typnotnull))"
+    );
     let partition_key = "EXISTS (SELECT FROM tree JOIN pg_attribute p ON p.attrelid = tree.oid AND p.attname = a.attname \
                          JOIN pg_partitioned_table t ON t.partrelid = tree.oid WHERE p.attnum = ANY (t.partattrs::int2[]) \
                          OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = tree.oid \
@@ -32,6 +39,17 @@ fn columns() -> String {
                          AND d.refobjsubid = 0 AND d.deptype = 'i'))";
     let collate =
         "CASE WHEN a.attcollation <> t.typcollation THEN ' COLLATE ' || a.attcollation::regcollation ELSE '' END";
+    let expression = "(SELECT pg_get_expr(f.adbin, f.adrelid) FROM pg_attrdef f \
+                      WHERE f.adrelid = c.oid AND f.adnum = a.attnum AND a.attgenerated = 's')";
+    // Since 15 it is the expression that depends on columns, before it was the column itself.
+    let reads = list(
+        "DISTINCT r.attname",
+        "pg_attrdef f JOIN pg_depend d ON (d.classid, d.objid) = ('pg_attrdef'::regclass, f.oid) \
+           OR (d.classid, d.objid, d.objsubid) = ('pg_class'::regclass, f.adrelid, f.adnum::int) \
+         JOIN pg_attribute r ON r.attrelid = f.adrelid AND r.attnum = d.refobjsubid \
+         WHERE a.attgenerated = 's' AND (f.adrelid, f.adnum) = (c.oid, a.attnum) AND d.refclassid = 'pg_class'::regclass \
+           AND d.refobjid = c.oid AND d.refobjsubid <> a.attnum AND d.refobjsubid > 0",
+    );
     let labels = "(SELECT json_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = t.oid)";
     let base = |what: &str| {
         format!(
@@ -41,6 +59,8 @@ fn columns() -> String {
         )
     };
     let (base_schema, base_type, typmod) = (base("un.nspname"), base("u.typname"), base("b.typmod"));
+    let base_usage = base("has_schema_privilege(un.oid, 'USAGE')");
+    let base_owner = base("pg_get_userbyid(un.nspowner)");
     list(
         &format!(
             "json_build_object('name', a.attname, 'type_schema', tn.nspname, 'type', t.typname, \
@@ -49,7 +69,8 @@ fn columns() -> String {
              'select', has_column_privilege(c.oid, a.attnum, 'SELECT'), \
              'update', has_column_privilege(c.oid, a.attnum, 'UPDATE'), \
              'labels', {labels}, 'type_owner', pg_get_userbyid(t.typowner), \
-             'base_schema', {base_schema}, 'base', {base_type}) ORDER BY a.attnum"
+             'base_schema', {base_schema}, 'base', {base_type}, \
+             'base_usage', {base_usage}, 'base_schema_owner', {base_owner}, 'expression', {expression}, 'reads', {reads}) ORDER BY a.attnum"
         ),
         "pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace \
          WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped",
@@ -57,7 +78,10 @@ fn columns() -> String {
 }
 
 /// The bits of tgtype: 1 for each row, 2 before, 16 on update. What a partition got from the table is its parent's.
-fn triggers() -> String {
+fn triggers(plan: &Plan) -> String {
+    // The condition of `manifests/sql/immutable.sql`: no row that is open meets it.
+    let of_complete_rows =
+        format!("format(' WHEN ((old.%I IS NOT NULL)) EXECUTE FUNCTION ', {})", literal(&plan.names.time_completed));
     let of_columns = list(
         "a.attname",
         "pg_attribute a WHERE a.attrelid = g.tgrelid AND a.attnum = ANY (g.tgattr::int2[]) AND a.attnum > 0",
@@ -65,7 +89,8 @@ fn triggers() -> String {
     list(
         &format!(
             "json_build_object('name', g.tgname, 'function', p.proname, 'before', g.tgtype & 2 <> 0, \
-             'for_each_row', g.tgtype & 1 <> 0, 'columns', {of_columns}) ORDER BY g.tgname"
+             'for_each_row', g.tgtype & 1 <> 0, 'columns', {of_columns}, 'of_complete_rows', position({of_complete_rows} \
+             IN pg_get_triggerdef(g.oid)) > 0) ORDER BY g.tgname"
         ),
         "pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid WHERE g.tgrelid IN (SELECT tree.oid FROM tree) \
          AND NOT g.tgisinternal AND g.tgparentid = 0 AND g.tgtype & 16 <> 0 AND g.tgenabled IN ('O', 'A')",

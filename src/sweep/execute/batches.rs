@@ -1,6 +1,9 @@
 //! The middle of a sweep: batch after batch until nothing is left or something ends it. `batch_planner` decides.
 
-use super::{BatchAttempt, Cursor, Ended, Error, MAX_LISTED_KEYS, Start, Sweep, explain, sleep_with_jitter};
+use super::{
+    BatchAttempt, Cursor, EXPLAIN_TIMEOUT, Ended, Error, MAX_LISTED_KEYS, RESPONSE_GRACE, Start, Step, Sweep,
+    sleep_with_jitter, statement,
+};
 use crate::sweep::batch_planner::{BatchPlanner, NextBatch, Reaction};
 use crate::sweep::statement::Batch;
 use crate::sweep::throttle;
@@ -94,9 +97,9 @@ impl Sweep<'_> {
         self.session.rollback().await;
         match reaction {
             Reaction::Retry(about) => sleep_with_jitter(about).await,
-            // If EXPLAIN fails too, the error is not about a row.
+            // If the statement fails without any row too, the error is not about a row.
             Reaction::Diagnose if !self.session.is_closed() => {
-                if let Err(error) = explain(&self.session, self.plan, start).await {
+                if let Err(error) = self.try_without_rows(start).await {
                     let pause = planner.wait_for_table(&error).ok_or(error)?;
                     sleep_with_jitter(pause).await;
                 }
@@ -104,6 +107,15 @@ impl Sweep<'_> {
             _ => return Err(error),
         }
         Ok(())
+    }
+
+    /// Runs the statement of a batch for no row: it locks the table, and fires the triggers that fire once for each statement.
+    async fn try_without_rows(&self, start: &Start) -> Result<(), Error> {
+        let limit = self.plan.statement_timeout.min(EXPLAIN_TIMEOUT);
+        let sql = statement::batch(self.plan, start, None, 0, limit);
+        let tried = self.session.query(Step::Batch, &sql, limit + RESPONSE_GRACE).await;
+        self.session.rollback().await;
+        tried.map(drop)
     }
 
     /// Counts a row that is stepped over. Lists a refused row by its key unless the key is row data.

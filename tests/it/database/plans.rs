@@ -112,7 +112,8 @@ fn expected(predicate: &str) -> Vec<String> {
                     Sort Key: stale_1.time_started DESC, stale_1.id DESC
                     ->  CTE Scan on stale stale_1
   ->  Limit
-        ->  CTE Scan on done done_1"
+        ->  CTE Scan on done done_1
+              Filter: (time_completed IS NOT NULL)"
     );
     plan.lines().map(str::to_owned).collect()
 }

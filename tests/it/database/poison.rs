@@ -83,9 +83,9 @@ async fn finding_a_refused_row_costs_a_bisection() {
     log.before_update(&format!("IF NEW.id = '{}' THEN RAISE EXCEPTION 'no'; END IF;", id(700))).await;
     let report = log.sweep(json!({ "batchSize": 500 })).await;
     assert_eq!((report.timed_out, report.refused, log.open().await), (999, 1, vec![700]));
-    // Three batches without the row: 500, 500, and the empty one; log2(500) + 3 is 11.
+    // Three batches without the row: 500, 500, and the empty one; one without any row; log2(500) + 3 is 11.
     let statements = tries(&log).await;
-    assert!(statements <= 3 + 11, "{statements} statements");
+    assert!(statements <= 3 + 1 + 11, "{statements} statements");
 }
 
 #[tokio::test]
@@ -238,4 +238,32 @@ async fn observe_counts_by_the_same_selection_and_changes_nothing() {
     assert_eq!(log.rows().await, before);
     let updates = "SELECT n_tup_upd + n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'audit_log'";
     assert_eq!(log.query(updates).await, ["0"]);
+}
+
+#[tokio::test]
+async fn a_trigger_that_refuses_every_statement_is_no_fault_of_rows() {
+    for when in ["BEFORE", "AFTER"] {
+        let log = AuditTable::new().await;
+        log.start_many(20).await;
+        log.run(&format!(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no updates today'; END $$; \
+             CREATE TRIGGER refuse {when} UPDATE ON audit_log FOR EACH STATEMENT EXECUTE FUNCTION refuse()"
+        ))
+        .await;
+        let report = log.sweep(json!({ "batchSize": 5 })).await;
+        assert_eq!((report.timed_out, report.refused, report.refused_ids.len()), (0, 0, 0), "{report:?}");
+        assert!(report.end.as_ref().unwrap_err().message.contains("SQLSTATE P0001"), "{report:?}");
+        log.run("DROP TRIGGER refuse ON audit_log").await;
+        assert_eq!(log.sweep(json!({})).await.timed_out, 20);
+    }
+}
+
+#[tokio::test]
+async fn a_start_before_the_first_year_is_swept_and_not_shown() {
+    let log = AuditTable::new().await;
+    log.start_many(2).await;
+    log.run("UPDATE audit_log SET time_started = '0044-03-15 BC'").await;
+    let before = log.sweep(json!({ "mode": "Observe" })).await.backlog.unwrap();
+    assert_eq!((before.remaining, before.oldest_time_started), (2, None));
+    assert_eq!(log.sweep(json!({})).await.timed_out, 2);
 }

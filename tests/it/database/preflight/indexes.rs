@@ -274,7 +274,7 @@ async fn a_key_that_is_not_unique() {
 
 #[tokio::test]
 async fn a_key_that_may_be_null() {
-    let expected = (Key, NotReady, SchemaMismatch);
+    let expected = (Key, Blocking, SchemaMismatch);
     let unique = format!("{TABLE}; {INDEX}").replace("PRIMARY KEY", "UNIQUE NOT NULL");
     all_found_and_mended([
         fault(&["ALTER TABLE audit_log ALTER id DROP NOT NULL"], expected, "\"id\" may be NULL").on(&unique),

@@ -120,3 +120,84 @@ async fn row_security_that_would_hide_rows() {
     assert!(stage.check(&json!({})).await.findings.is_empty());
     stage.sweeps(&id(1), &json!({})).await.unwrap();
 }
+
+#[tokio::test]
+async fn what_else_keeps_the_server_from_an_update() {
+    // Publications belong to the database, and an extension's schema to whoever made it.
+    let published = TABLE.replace("id uuid PRIMARY KEY", "id uuid NOT NULL UNIQUE");
+    all_found_and_mended([fault(
+        &["CREATE PUBLICATION changes FOR ALL TABLES"],
+        (Table, Blocking, SchemaMismatch),
+        "the updates of \"public\".\"audit_log\" are published, and it has no replica identity",
+    )
+    .on(&format!("{published}; {INDEX}"))
+    .by_superuser()])
+    .await;
+    let log = crate::fixtures::AuditTable::empty().await;
+    log.run(&format!(
+        "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext; {}; {INDEX}",
+        TABLE.replace("id uuid", "id ext.citext")
+    ))
+    .await;
+    let stage = Stage::bare(log).await;
+    for found in stage.check(&json!({})).await.findings {
+        stage.fix(found.fix.as_ref().unwrap()).await;
+    }
+    let fixed = stage.check(&json!({})).await;
+    assert!(fixed.findings.is_empty(), "{fixed:#?}");
+    stage.sweeps("A", &json!({})).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_domain_that_refuses_null_is_not_null() {
+    let domain = TABLE.replace("time_started timestamptz NOT NULL", "time_started moment");
+    let stage = Stage::new(&format!("CREATE DOMAIN moment AS timestamptz NOT NULL; {domain}; {INDEX}")).await;
+    assert!(stage.check(&json!({})).await.findings.is_empty());
+}
+
+#[tokio::test]
+async fn complete_rows_can_be_made_immutable_and_no_sweep_calls_the_function() {
+    let immutable = include_str!("../../../../manifests/sql/immutable.sql");
+    let stage = Stage::new(&format!("{TABLE}; {INDEX}")).await;
+    let seen = |checked: &audit_log_sweeper::preflight::PreflightReport| {
+        assert!(checked.findings.is_empty(), "{checked:#?}");
+        checked.passed.iter().find(|(subject, _)| *subject == Subject::Triggers).unwrap().1.clone()
+    };
+    let before = seen(&stage.check(&json!({})).await);
+    assert!(before.contains("nothing keeps the application from changing complete rows"), "{before}");
+    for _ in 0..2 {
+        stage.log.run(immutable).await;
+    }
+    let after = seen(&stage.check(&json!({})).await);
+    assert!(after.contains("\"audit_log_complete_is_final\" keeps complete rows as they are"), "{after}");
+    stage
+        .admin
+        .batch_execute(&format!(
+            "ALTER ROLE {} SET track_functions = 'all'; ALTER ROLE {} SET track_functions = 'all'",
+            stage.login, stage.log.database.user
+        ))
+        .await
+        .unwrap();
+    let application = stage.log.database.client().await.unwrap();
+    application
+        .batch_execute(&format!("INSERT INTO audit_log (id, time_started) VALUES ('{}', now())", id(1)))
+        .await
+        .unwrap();
+    let complete = format!(
+        "UPDATE audit_log SET time_completed = clock_timestamp(), result_kind = 'success' WHERE id = '{}'",
+        id(1)
+    );
+    application.batch_execute(&complete).await.unwrap();
+    stage.sweeps(&id(2), &json!({})).await.unwrap();
+    let calls =
+        "SELECT coalesce((SELECT calls FROM pg_stat_user_functions WHERE funcname = 'audit_log_refuse_change'), 0)";
+    // Sessions hand in their statistics when they end.
+    drop(application);
+    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    assert_eq!(stage.log.query(calls).await, ["0"]);
+    for late in [complete.clone(), format!("UPDATE audit_log SET note = 'x' WHERE id = '{}'", id(2))] {
+        let refused = stage.log.client.batch_execute(&late).await.unwrap_err();
+        assert_eq!(refused.code().unwrap().code(), "23001", "{late}");
+    }
+    stage.log.run(&format!("DELETE FROM audit_log WHERE id = '{}'", id(1))).await;
+}

@@ -42,7 +42,7 @@ async fn a_value_that_a_check_or_a_domain_refuses_blocks() {
         (part, &bad, value("error"), "\"known\" on \"public\".\"p2a\" refuses"),
         (column("text CHECK ((result_kind IS NULL) = (time_completed IS NULL))"), &null, bad.clone(), "refuses what"),
         (domain, &bad, value("error"), "(of type public.kind) cannot hold what spec.complete[0].value sets"),
-        (not_null, &null, value("x"), "(of type public.kind) cannot hold what spec.complete[0].setNull sets"),
+        (not_null, &null, value("x"), "\"result_kind\" is NOT NULL, and spec.complete[0] sets it to NULL"),
         (column("text CHECK (result_kind::int > 0)"), &bad, value("7"), "(SQLSTATE 22P02)"),
     ];
     for (table, spec, fixed, says) in cases {
@@ -97,6 +97,66 @@ async fn what_only_rows_can_tell_is_a_warning() {
         assert_eq!((found.subject, found.severity, found.reason), (Subject::Complete, Warning, RowRefused));
         assert!(found.message.contains(says) && !found.message.contains("secret"), "{table}: {}", found.message);
         assert!(checked.ready() && found.fix.is_none());
+    }
+    // Each depends on the completion time alone.
+    let generated = "text, passed int GENERATED ALWAYS AS (1 / (extract(epoch FROM (time_completed - time_completed)))::int) STORED";
+    for (sql, says) in [
+        (column("text, CONSTRAINT soon CHECK (time_completed < time_started + interval '1 day')"), "soon\" on"),
+        (
+            column("text, CHECK (time_completed IS NULL OR note = 'done')"),
+            "which also reads what a sweep does not set, may refuse",
+        ),
+        (
+            column("text, CONSTRAINT one EXCLUDE (time_completed WITH =)"),
+            "the exclusion constraint \"public\".\"one\" may refuse",
+        ),
+        (
+            column("text, UNIQUE (time_completed)"),
+            "the unique index \"public\".\"audit_log_time_completed_key\" may refuse",
+        ),
+        (
+            format!(
+                "{}; CREATE UNIQUE INDEX by_day ON audit_log (date_trunc('day', time_completed AT TIME ZONE 'UTC'))",
+                column("text")
+            ),
+            "the unique index \"public\".\"by_day\" may refuse",
+        ),
+        (
+            format!(
+                "{}; CREATE UNIQUE INDEX done ON audit_log (note) WHERE time_completed IS NOT NULL",
+                column("text")
+            ),
+            "the unique index \"public\".\"done\" may refuse",
+        ),
+        (
+            column(generated),
+            "cannot compute the generated column \"passed\" for a row, so that it may refuse rows (SQLSTATE 22012)",
+        ),
+    ] {
+        let stage = Stage::new(&sql).await;
+        let checked = stage.check(&json!({})).await;
+        let [found] = checked.findings.as_slice() else { panic!("{sql}: {checked:#?}") };
+        assert_eq!((found.subject, found.severity, found.reason), (Subject::Complete, Warning, RowRefused), "{sql}");
+        assert!(found.message.contains(says), "{sql}: {}", found.message);
+    }
+    // What the completion time decides by itself blocks, and what it cannot break says nothing.
+    let never = Stage::new(&column("text, CONSTRAINT never CHECK (time_completed IS NULL)")).await;
+    let blocked = never.check(&json!({})).await;
+    let found = blocked.blocking().unwrap();
+    assert!(
+        found.message.contains("\"never\" on \"public\".\"audit_log\" refuses what a sweep sets"),
+        "{}",
+        found.message
+    );
+    assert_eq!(found.fix, Some(Fix::Field("spec.columns.timeCompleted".into())));
+    for harmless in [
+        column("text, took interval GENERATED ALWAYS AS (time_completed - time_started) STORED"),
+        format!("{}; CREATE UNIQUE INDEX open ON audit_log (note) WHERE time_completed IS NULL", column("text")),
+        column("text, UNIQUE (time_completed, id)"),
+    ] {
+        let stage = Stage::new(&harmless).await;
+        assert!(stage.check(&json!({})).await.findings.is_empty(), "{harmless}");
+        stage.sweeps(&id(1), &json!({})).await.unwrap();
     }
     // NULL refers to nothing and equals nothing, and a key that is in it stays unique.
     let null = json!({ "complete": [{ "column": "result_kind", "setNull": true }] });
