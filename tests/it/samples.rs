@@ -210,6 +210,49 @@ async fn the_one_that_observes_counts_and_changes_nothing() {
 }
 
 #[tokio::test]
+async fn those_for_frameworks_fit_the_tables_that_these_make() {
+    let frameworks = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frameworks");
+    for (framework, table, row) in [
+        (
+            "rails",
+            "audit_logs",
+            "(started_at, actor, action, created_at, updated_at) VALUES (now() - interval '5 h', 'a', 'a', now(), now())",
+        ),
+        (
+            "prisma",
+            "\"AuditLog\"",
+            "(\"startedAt\", actor, action, \"updatedAt\") VALUES (now() - interval '5 h', 'a', 'a', now())",
+        ),
+        (
+            "django",
+            "app_auditlog",
+            "(time_started, actor, action, details) VALUES (now() - interval '5 h', 'a', 'a', '{}')",
+        ),
+    ] {
+        let place = Place::new().await;
+        let ddl = fs::read_to_string(frameworks.join(format!("{framework}.sql"))).unwrap();
+        place.log.run(&format!("SET TimeZone = UTC; {ddl}; INSERT INTO {table} {row}")).await;
+        // What the sample says to run.
+        let text = manifests(&format!("sample-{framework}.yaml"));
+        let statements: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("#     ")).collect();
+        assert_eq!(statements.len(), 2, "{framework}");
+        for sql in statements {
+            place.log.run(&sql.replace("app_sweeper", "audit_log_sweeper")).await;
+        }
+        place.operator.secret("app-db", &[("uri", &place.uri)]).await;
+        place.apply(&format!("sample-{framework}.yaml"));
+        let status = place.operator.until("app", "a sweep", |status| !status["lastSweep"].is_null()).await;
+        assert_eq!(
+            (&status["lastSweep"]["timedOut"], &conditions(&status)[0]),
+            (&Value::from(1), &"Ready=True/Swept".to_owned()),
+            "{status:#}"
+        );
+        let schema = conditions(&status).into_iter().find(|one| one.starts_with("SchemaReady"));
+        assert_eq!(schema.as_deref(), Some("SchemaReady=True/SchemaReady"), "{framework}: {status:#}");
+    }
+}
+
+#[tokio::test]
 async fn every_sample_is_one_of_those() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("manifests");
     let mut files: Vec<String> = fs::read_dir(folder)
@@ -221,9 +264,12 @@ async fn every_sample_is_one_of_those() {
     let tested = [
         "sample-cloudnative-pg.yaml",
         "sample-crunchy.yaml",
+        "sample-django.yaml",
         "sample-full.yaml",
         "sample-observe.yaml",
         "sample-omicron.yaml",
+        "sample-prisma.yaml",
+        "sample-rails.yaml",
         "sample.yaml",
     ];
     assert_eq!(files, tested);
