@@ -190,6 +190,23 @@ mod tests {
     }
 
     #[test]
+    fn retries_of_objects_that_failed_together_spread_by_a_tenth_and_each_object_keeps_its_own() {
+        let delay = |uid: &str, failures| {
+            let grid = Grid::new(uid, Duration::from_secs(86_400));
+            (grid.retry(failures, false, at(0), at(1_900_000_000)) - at(0)).num_milliseconds()
+        };
+        let mut buckets = [0; 20];
+        for object in 0..20_000 {
+            let delay = delay(&format!("0f8fad5b-d9cb-469f-a165-{object:012x}"), 1);
+            buckets[usize::try_from(((delay - 9000) / 100).min(19)).unwrap()] += 1;
+        }
+        assert!(buckets.iter().all(|n| (850..1150).contains(n)), "{buckets:?}");
+        // The same after every restart, and in every version.
+        let uid = "0f8fad5b-d9cb-469f-a165-70867728950e";
+        assert_eq!([1, 2, 3, 4].map(|failures| delay(uid, failures)), [10_760, 19_100, 41_400, 73_120]);
+    }
+
+    #[test]
     fn times_beyond_any_calendar_do_not_panic() {
         assert!(grid(8760 * 3600).next(DateTime::<Utc>::MAX_UTC - TimeDelta::days(1)) <= DateTime::<Utc>::MAX_UTC);
         grid(5).next(DateTime::<Utc>::MIN_UTC);

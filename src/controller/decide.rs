@@ -252,6 +252,40 @@ mod tests {
     }
 
     #[test]
+    fn an_attempt_in_the_future_is_repaired_only_beyond_the_tolerance_of_clocks() {
+        let sweeper = sweeper(1, json!({}));
+        let mut status = swept_once(&sweeper);
+        for (ahead, repaired) in [(60, false), (61, true)] {
+            status.last_attempt_time = Some(at(10 + ahead));
+            assert_eq!(decide(at(10), &sweeper, &status, None) == Decision::Repair, repaired, "{ahead}");
+        }
+    }
+
+    #[test]
+    fn a_shortened_period_brings_a_preflight_and_after_a_failure_a_sweep() {
+        let mut status = swept_once(&sweeper(1, json!({ "period": "24h" })));
+        let edited = sweeper(2, json!({ "period": "1m" }));
+        // The slot of the new grid after the last attempt is long over.
+        let now = at(3600);
+        assert!(status.next_schedule_time.unwrap() > now + TimeDelta::seconds(90));
+        assert_eq!(decide(now, &edited, &status, None), Decision::Preflight);
+        status.consecutive_failures = 1;
+        assert!(matches!(decide(now, &edited, &status, None), Decision::Sweep(_)));
+    }
+
+    #[test]
+    fn a_slot_that_was_put_forward_is_swept_though_the_last_attempt_was_just_before() {
+        let sweeper = sweeper(1, json!({}));
+        let mut status = swept_once(&sweeper);
+        status.next_schedule_time = Some(at(2));
+        let decision = decide(at(2), &sweeper, &status, None);
+        assert!(matches!(&decision, Decision::Sweep(slot) if slot.trigger == Trigger::Schedule), "{decision:?}");
+        // A failed preflight is followed by another one.
+        status.consecutive_failures = 1;
+        assert_eq!(decide(at(2), &sweeper, &status, None), Decision::Preflight);
+    }
+
+    #[test]
     fn however_long_it_was_down_it_sweeps_once_for_the_latest_slot() {
         let sweeper = sweeper(1, json!({}));
         let status = swept_once(&sweeper);

@@ -122,7 +122,7 @@ fn read_address(address: &str) -> Result<Parsed, Error> {
     let (address, query) = address.split_once('?').unwrap_or((address, ""));
     let mut parsed = Parsed { config: Config::new(), mode: None, writable: false };
     let mut kept = Vec::new();
-    let mut root_certificate = None;
+    let (mut root_certificate, mut hosts, mut ports) = (None, Vec::new(), Vec::new());
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         match name {
@@ -133,6 +133,9 @@ fn read_address(address: &str) -> Result<Parsed, Error> {
             "host" | "port" if !address.starts_with('/') && !address.is_empty() => {
                 return Err(Error::Uri("it names a host or a port twice, before and after the ?"));
             }
+            // The driver does not take several there.
+            "host" => hosts.extend(decoded(value)?),
+            "port" => ports.extend(decoded(value)?),
             _ if KNOWN.contains(&name) => kept.push(parameter),
             _ if FOREIGN.contains(&name) => {}
             // Its name is not shown: it may be a piece of a password.
@@ -147,6 +150,11 @@ fn read_address(address: &str) -> Result<Parsed, Error> {
     parsed.config = format!("postgresql://{address}?{}", kept.join("&"))
         .parse()
         .map_err(|_| Error::Uri("a host, port or parameter in it is not right"))?;
+    hosts.iter().for_each(|host| drop(parsed.config.host(host)));
+    for port in ports {
+        let number = port.parse().map_err(|_| Error::Uri("a port in it is not a number"))?;
+        parsed.config.port(number);
+    }
     // The file is not here. As in libpq, to name one is to ask that the server be verified.
     parsed.mode = match (parsed.mode, root_certificate) {
         (Some(TlsMode::Require | TlsMode::VerifyCA), Some("system")) => Some(TlsMode::VerifyFull),
@@ -154,6 +162,12 @@ fn read_address(address: &str) -> Result<Parsed, Error> {
         (mode, _) => mode,
     };
     Ok(parsed)
+}
+
+/// The items of a list in a parameter.
+fn decoded(value: &str) -> Result<Vec<String>, Error> {
+    let value = percent_decode_str(value).decode_utf8().map_err(|_| Error::Uri("a parameter in it is not UTF-8"))?;
+    Ok(value.split(',').map(str::to_owned).collect())
 }
 
 /// Refuses what the driver takes and no server has.
@@ -327,7 +341,20 @@ mod tests {
         let socket = r#"Unix("/var/run/postgresql")"#;
         assert_eq!(hosts("postgres://u@%2Fvar%2Frun%2Fpostgresql/d").0, socket);
         assert_eq!(hosts("postgres:///d?host=/var/run/postgresql&user=u").0, socket);
+        for several in
+            ["postgres:///d?host=a,b&user=u", "postgres://u@/d?host=a,b", "postgres://?host=a%2Cb&user=u&dbname=d"]
+        {
+            assert_eq!(hosts(several).0, r#"Tcp("a") Tcp("b")"#, "{several}");
+            assert!(hosts(several).2, "{several}");
+        }
         assert_eq!(parsed("postgres://h/d?user=u&password=p%40").config.get_password(), Some(&b"p@"[..]));
+    }
+
+    #[test]
+    fn a_user_and_a_password_after_the_question_mark_win_as_in_libpq() {
+        let parsed = parsed("postgresql://owner:old@h/d?user=sweeper&password=n%26w");
+        assert_eq!(parsed.config.get_user(), Some("sweeper"));
+        assert_eq!(parsed.config.get_password(), Some(b"n&w".as_slice()));
     }
 
     #[test]
