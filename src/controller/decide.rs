@@ -155,7 +155,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::api::status::AuditLogSweeperStatus;
+    use crate::api::status::{AuditLogSweeperStatus, LastError};
     use crate::api::{Class, Failure};
     use crate::controller::model::{AttemptResult, Done, SweepAttempt};
     use crate::preflight::PreflightReport;
@@ -249,6 +249,17 @@ mod tests {
         assert_eq!(decide(at(2), &sweeper, &status, None), Decision::Wait(Some(next)));
         let Decision::Sweep(slot) = decide(next, &sweeper, &status, None) else { panic!("not due at its slot") };
         assert_eq!((slot.schedule_time, slot.trigger, slot.limit), (next, Trigger::Schedule, 1000));
+    }
+
+    #[test]
+    fn a_slot_far_away_is_that_of_a_silent_server_only_while_it_fails() {
+        let sweeper = sweeper(1, json!({ "period": "5s" }));
+        let mut status = swept_once(&sweeper);
+        status.last_error = Some(LastError { reason: "ConnectTimeout".into(), message: String::new(), time: at(1) });
+        status.next_schedule_time = Some(at(200));
+        assert_eq!(decide(at(10), &sweeper, &status, None), Decision::Repair);
+        status.consecutive_failures = 1;
+        assert_eq!(decide(at(10), &sweeper, &status, None), Decision::Wait(Some(at(200))));
     }
 
     #[test]

@@ -150,7 +150,9 @@ fn read_address(address: &str) -> Result<Parsed, Error> {
     parsed.config = format!("postgresql://{address}?{}", kept.join("&"))
         .parse()
         .map_err(|_| Error::Uri("a host, port or parameter in it is not right"))?;
-    hosts.iter().for_each(|host| drop(parsed.config.host(host)));
+    for host in hosts {
+        parsed.config.host(host);
+    }
     for port in ports {
         let number = port.parse().map_err(|_| Error::Uri("a port in it is not a number"))?;
         parsed.config.port(number);

@@ -12,7 +12,8 @@ use tokio_postgres::{Client, NoTls};
 /// It ends with the value; the order of the fields is the order in which it does.
 pub struct Bouncer {
     process: Process,
-    _scratch: Scratch,
+    program: Program,
+    scratch: Scratch,
     uri: String,
     port: u16,
 }
@@ -43,17 +44,35 @@ impl Bouncer {
         let settings = scratch.write("pgbouncer.ini", settings, account)?;
         let program = Program { account, ..Program::new("pgbouncer", program) }.arg(settings);
         let bouncer = Bouncer {
-            process: program.start(&scratch)?,
-            _scratch: scratch,
+            process: program.clone().start(&scratch)?,
+            program,
+            scratch,
             uri: format!("postgresql://{user}:{password}@127.0.0.1:{port}/{name}"),
             port,
         };
+        bouncer.until_ready().await?;
+        Ok(bouncer)
+    }
+
+    async fn until_ready(&self) -> anyhow::Result<()> {
         let end = tokio::time::Instant::now() + Duration::from_secs(10);
-        while let Err(error) = bouncer.client().await {
-            anyhow::ensure!(tokio::time::Instant::now() < end, "{error:#}\n{}", bouncer.process.log_tail(20));
+        while let Err(error) = self.client().await {
+            anyhow::ensure!(tokio::time::Instant::now() < end, "{error:#}\n{}", self.process.log_tail(20));
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        Ok(bouncer)
+        Ok(())
+    }
+
+    /// Kills it by -9 and starts it again, on the same port.
+    pub async fn kill_and_start_again(&mut self) -> anyhow::Result<()> {
+        self.process.signal(nix::sys::signal::Signal::SIGKILL)?;
+        let end = tokio::time::Instant::now() + Duration::from_secs(10);
+        while self.process.is_running() {
+            anyhow::ensure!(tokio::time::Instant::now() < end, "PgBouncer does not end");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.process = self.program.clone().start(&self.scratch)?;
+        Ok(())
     }
 
     /// Where the database is reached through it.
