@@ -31,8 +31,9 @@ pub fn judge(object: &mut Value) -> Vec<String> {
     let Rules { schema, compiled } = &*RULES;
     prune_nulls(schema, object);
     *object = kube_cel::apply_defaults(schema, object);
-    let mut errors = vec![];
-    check(schema, object, "", &mut errors);
+    let mut faults = vec![];
+    check(schema, object, "", &mut faults);
+    let mut errors: Vec<String> = faults.into_iter().map(String::from).collect();
     // As the API server: a rule is no use on a value of the wrong type.
     if errors.is_empty()
         && let Err(broken) = kube_cel::validate_compiled(compiled, object, None)
@@ -77,12 +78,13 @@ impl Deref for ValidSpec {
 /// # Errors
 /// What is wrong with the object: its unknown spec fields, or the first field that cannot be read.
 pub fn parse(object: &Value) -> Result<AuditLogSweeper, String> {
-    let (mut unknown, mut broken) = (vec![], vec![]);
+    let mut faults = vec![];
     if let (Some(schema), Some(spec)) = (RULES.schema.pointer("/properties/spec"), object.get("spec")) {
-        unknown_fields(schema, spec, "spec", &mut unknown);
         // Before it is read: a list would pass for the object whose fields it holds in order.
-        check(schema, spec, "spec", &mut broken);
+        check(schema, spec, "spec", &mut faults);
     }
+    let unknown = |fault: &Fault| if let Fault::Unknown(path) = fault { Some(path.clone()) } else { None };
+    let unknown: Vec<String> = faults.iter().filter_map(unknown).collect();
     if !unknown.is_empty() {
         return Err(format!(
             "this operator (version {}) does not know {}",
@@ -90,8 +92,8 @@ pub fn parse(object: &Value) -> Result<AuditLogSweeper, String> {
             unknown.join(", ")
         ));
     }
-    if !broken.is_empty() {
-        return Err(broken.join("; "));
+    if !faults.is_empty() {
+        return Err(faults.into_iter().map(String::from).collect::<Vec<_>>().join("; "));
     }
     AuditLogSweeper::deserialize(object).or_else(|error| {
         // The spec decides whether the object is valid; of its status, what can be read will do.
@@ -119,25 +121,20 @@ pub fn readable_status(status: &Value) -> AuditLogSweeperStatus {
     AuditLogSweeperStatus::deserialize(&status).unwrap_or_default()
 }
 
-/// The paths of the fields that the schema does not name.
-fn unknown_fields(schema: &Value, value: &Value, path: &str, unknown: &mut Vec<String>) {
-    match value {
-        Value::Object(fields) => {
-            for (name, field) in fields {
-                let path = format!("{path}.{name}");
-                match schema.get("properties").and_then(|properties| properties.get(name)) {
-                    Some(child) => unknown_fields(child, field, &path, unknown),
-                    None => unknown.push(path),
-                }
-            }
+/// What a structural schema has against a value.
+enum Fault {
+    /// A field that the schema does not name, by its path.
+    Unknown(String),
+    /// Anything else, in words.
+    Invalid(String),
+}
+
+impl From<Fault> for String {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Unknown(path) => format!("unknown field {path:?}"),
+            Fault::Invalid(words) => words,
         }
-        Value::Array(items) => {
-            for (index, item) in items.iter().enumerate() {
-                let items = schema.get("items").unwrap_or(&Value::Null);
-                unknown_fields(items, item, &format!("{path}[{index}]"), unknown);
-            }
-        }
-        _ => {}
     }
 }
 
@@ -194,15 +191,15 @@ fn prune_nulls(schema: &Value, value: &mut Value) {
 }
 
 /// Checks what a structural schema can say; the CEL rules come after.
-fn check(schema: &Value, value: &Value, path: &str, errors: &mut Vec<String>) {
+fn check(schema: &Value, value: &Value, path: &str, faults: &mut Vec<Fault>) {
     let number = |keyword: &str| schema.get(keyword).and_then(Value::as_f64);
     let expected = schema.get("type").and_then(Value::as_str).unwrap_or_default();
     let actual = type_of(value);
     if !expected.is_empty() && expected != actual {
-        errors.push(format!("{path}: Invalid value: {actual:?}: must be of type {expected}"));
+        faults.push(Fault::Invalid(format!("{path}: Invalid value: {actual:?}: must be of type {expected}")));
         return;
     }
-    let mut refuse = |why: String| errors.push(format!("{path}: Invalid value: {value}: {why}"));
+    let mut refuse = |why: String| faults.push(Fault::Invalid(format!("{path}: Invalid value: {value}: {why}")));
     match value {
         Value::String(text) => {
             let length = text.chars().count() as f64;
@@ -236,28 +233,28 @@ fn check(schema: &Value, value: &Value, path: &str, errors: &mut Vec<String>) {
             }
             let none = Value::Null;
             for (index, item) in items.iter().enumerate() {
-                check(schema.get("items").unwrap_or(&none), item, &format!("{path}[{index}]"), errors);
+                check(schema.get("items").unwrap_or(&none), item, &format!("{path}[{index}]"), faults);
             }
         }
-        Value::Object(fields) => check_fields(schema, fields, path, errors),
+        Value::Object(fields) => check_fields(schema, fields, path, faults),
         Value::Null | Value::Bool(_) => {}
     }
 }
 
-fn check_fields(schema: &Value, fields: &Map<String, Value>, path: &str, errors: &mut Vec<String>) {
+fn check_fields(schema: &Value, fields: &Map<String, Value>, path: &str, faults: &mut Vec<Fault>) {
     if schema.get("x-kubernetes-preserve-unknown-fields").is_some() {
         return;
     }
     let below = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
     for name in schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
         if !fields.contains_key(name) {
-            errors.push(format!("{}: Required value", below(name)));
+            faults.push(Fault::Invalid(format!("{}: Required value", below(name))));
         }
     }
     for (name, field) in fields {
         match schema.get("properties").and_then(|p| p.get(name)) {
-            Some(child) => check(child, field, &below(name), errors),
-            None => errors.push(format!("unknown field {:?}", below(name))),
+            Some(child) => check(child, field, &below(name), faults),
+            None => faults.push(Fault::Unknown(below(name))),
         }
     }
 }

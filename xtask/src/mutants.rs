@@ -88,7 +88,7 @@ const MUTANTS: [Mutant; 9] = [
     Mutant {
         name: "an unknown field of the spec ignored",
         file: "src/api/validate.rs",
-        edits: &[("None => unknown.push(path),", "None => {}")],
+        edits: &[("None => faults.push(Fault::Unknown(below(name))),", "None => {}")],
         target: UNIT,
         tests: &["controller::model"],
     },
