@@ -184,7 +184,7 @@ pub async fn write_on(uri: &str, writer: u64, seed: u64, prepares: bool, stop: &
 
 /// Starts many rows at once, and completes most of them in one statement.
 pub async fn write_in_bulk(uri: &str, writer: u64, seed: u64, stop: &AtomicBool, journal: &Journal) {
-    const ROWS: u64 = 400;
+    const ROWS: u64 = 500;
     let mut random = fastrand::Rng::with_seed(seed ^ (writer << 32));
     let mut client = None;
     for number in 0.. {
