@@ -73,7 +73,7 @@ pub enum Error {
     KeyNotUnique { selected: i64, completed: i64 },
     /// A row has no key.
     #[error(
-        "a stale row has no key that can be read: in the column of spec.columns id it has NULL, or a text that is not UTF-8"
+        "a stale row has no key that can be read: in the column of spec.columns id it has NULL, which must not be, or a text that is not UTF-8"
     )]
     NullKey,
     /// The deadline came before the first batch was done.

@@ -1,7 +1,7 @@
 //! The middle of a sweep: batch after batch until nothing is left or something ends it. `batch_planner` decides.
 
 use super::{
-    BatchAttempt, Cursor, EXPLAIN_TIMEOUT, Ended, Error, MAX_LISTED_KEYS, RESPONSE_GRACE, Start, Step, Sweep,
+    BatchAttempt, Cursor, EXPLAIN_TIMEOUT, Ended, Error, MAX_LISTED_KEYS, RESPONSE_GRACE, Start, Step, Sweep, explain,
     sleep_with_jitter, statement,
 };
 use crate::sweep::batch_planner::{BatchPlanner, NextBatch, Reaction};
@@ -109,8 +109,10 @@ impl Sweep<'_> {
         Ok(())
     }
 
-    /// Runs the statement of a batch for no row: it locks the table, and fires the triggers that fire once for each statement.
+    /// Has the server plan the statement of a batch, then run it for no row: this locks the table, and fires the triggers that fire
+    /// once for each statement.
     async fn try_without_rows(&self, start: &Start) -> Result<(), Error> {
+        explain(&self.session, self.plan, start).await?;
         let limit = self.plan.statement_timeout.min(EXPLAIN_TIMEOUT);
         let sql = statement::batch(self.plan, start, None, 0, limit);
         let tried = self.session.query(Step::Batch, &sql, limit + RESPONSE_GRACE).await;
