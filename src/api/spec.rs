@@ -283,12 +283,17 @@ pub struct Columns {
     pub time_zone: String,
 }
 
-/// The API server knows the zones. Of what it takes for one besides, PostgreSQL has another opinion, or none.
-pub const TIME_ZONE: &str = "self.matches('^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$') && self != 'Local' && timestamp('2000-01-01T00:00:00Z').getHours(self) >= 0";
+/// The API server knows the zones. Of shorter names, PostgreSQL takes some for abbreviations without summer time, such as CET.
+pub const TIME_ZONE: &str = "(self == 'UTC' || self.matches('^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)+$')) && timestamp('2000-01-01T00:00:00Z').getHours(self) >= 0";
+
+/// The same without the API server.
+pub fn is_time_zone(name: &str) -> bool {
+    name == "UTC" || name.contains('/') && name.parse::<chrono_tz::Tz>().is_ok()
+}
 
 /// What is said of others.
 pub const TIME_ZONE_MESSAGE: &str =
-    "must be the name of a time zone in the IANA database, such as UTC or Europe/Berlin";
+    "must be UTC, or the name of a time zone in the IANA database with its area, such as Europe/Berlin";
 
 impl Default for Columns {
     fn default() -> Self {

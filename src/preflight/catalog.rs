@@ -27,6 +27,8 @@ pub struct Server {
     pub standby: bool,
     /// The role.
     pub user: String,
+    /// Of the database.
+    pub encoding: String,
     /// Row security does not apply to the role.
     pub bypass: bool,
 }
@@ -209,7 +211,7 @@ pub fn server(statement_timeout: Duration) -> String {
     format!(
         "BEGIN READ ONLY; {SEARCH_PATH}SET LOCAL statement_timeout = {}; SELECT json_build_object('version', current_setting('server_version'), \
        'number', current_setting('server_version_num')::int, 'product', split_part(version(), ' ', 1), \
-       'standby', pg_is_in_recovery(), 'user', current_user, \
+       'standby', pg_is_in_recovery(), 'encoding', current_setting('server_encoding'), 'user', current_user, \
        'bypass', (SELECT rolsuper OR rolbypassrls FROM pg_catalog.pg_roles WHERE rolname = current_user)); COMMIT",
         statement_timeout.as_millis().max(1)
     )
@@ -236,7 +238,7 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
            'autovacuum', current_setting('autovacuum')::boolean, \
            'similar', {similar}, 'table', ({about_table}), 'tree', {tree}, 'taken', {taken}, 'schemas', {schemas})::text AS document) \
          SELECT substr(document, piece, {PIECE}) FROM answer, generate_series(1, length(document), {PIECE}) AS piece \
-         ORDER BY piece; COMMIT",
+         ORDER BY piece; ROLLBACK",
         timeout = statement_timeout.as_millis().max(1),
         // To write a predicate down the server locks its table.
         lock_timeout = LOCK_TIMEOUT.min(statement_timeout / 2).as_millis().max(1),

@@ -375,6 +375,7 @@ mod tests {
             number,
             standby: false,
             user: "u".into(),
+            encoding: "UTF8".into(),
             bypass: false,
         };
         let mut checked = PreflightReport::default();

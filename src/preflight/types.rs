@@ -28,6 +28,14 @@ impl Judge<'_> {
     pub(super) fn key_type(&self, column: &Column, path: &str, checked: &mut PreflightReport) {
         let known = column.base_schema == "pg_catalog" && KEY_TYPES.contains(&column.base.as_str());
         if known || column.base == "citext" {
+            let is_text = !["uuid", "int8", "int4", "int2", "numeric", "bytea"].contains(&column.base.as_str());
+            if is_text && self.server.encoding == "SQL_ASCII" {
+                let message = format!(
+                    "the encoding of the database is SQL_ASCII: a sweep fails at a key in {} that is not UTF-8, and sweeps none behind it",
+                    quoted(&column.name)
+                );
+                checked.find(Subject::Columns, Warning, Reason::SchemaMismatch, message, None);
+            }
             return;
         }
         let accepted = "uuid, bigint, integer, smallint, text, varchar, char, citext, numeric, bytea, or a domain over one of these";
@@ -35,6 +43,14 @@ impl Judge<'_> {
     }
 
     pub(super) fn time_type(&self, column: &Column, path: &str, checked: &mut PreflightReport) {
+        if column.not_null && column.name == self.names.time_completed {
+            let message = format!(
+                "{} is NOT NULL, so no row can be open, and no sweep would find any: is it the completion time?",
+                quoted(&column.name)
+            );
+            checked.find(Subject::Columns, Blocking, Reason::SchemaMismatch, message, field(path));
+            return;
+        }
         if column.base_schema != "pg_catalog" || !TIME_TYPES.contains(&column.base.as_str()) {
             unfit("the time", column, "timestamptz or timestamp", path, checked);
         } else if (0..DIGITS).contains(&column.typmod) {

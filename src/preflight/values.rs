@@ -50,8 +50,9 @@ pub fn trials(plan: &Plan, table: &Table) -> Vec<Trial> {
 }
 
 fn of_constraint(rows: &Rows, constraint: &Constraint) -> Option<Trial> {
-    let (expression, field) = (constraint.expression.as_ref()?, set_by(rows.plan, &constraint.columns)?);
-    let (decided, name) = (is_decided(rows.plan, constraint), name(constraint));
+    let (expression, reads) = (constraint.expression.as_ref()?, rows.read_by(&constraint.columns));
+    let field = set_by(rows.plan, &reads)?;
+    let (decided, name) = (is_decided(rows.plan, &reads), name(constraint));
     let what = if decided {
         format!("{name} refuses what a sweep sets")
     } else {
@@ -70,9 +71,18 @@ fn of_constraint(rows: &Rows, constraint: &Constraint) -> Option<Trial> {
 fn of_generated(rows: &Rows, generated: &Column) -> Option<Trial> {
     let reads: Vec<Option<String>> = generated.reads.iter().cloned().map(Some).collect();
     let (expression, field) = (generated.expression.as_ref()?, set_by(rows.plan, &reads)?);
-    let what = format!("the server cannot compute the generated column {} for a row", quoted(&generated.name));
-    let sql = format!("SELECT min(({expression})::text) FROM ({}) AS t", rows.sql(&reads));
-    Some(Trial { sql, check: Check::Computed, what, field })
+    let (name, type_) = (quoted(&generated.name), &generated.type_text);
+    // A domain may refuse the value, too.
+    let value = format!("CAST(({expression}) AS {type_})");
+    let (check, test, what) = if generated.not_null {
+        let what =
+            format!("the generated column {name}, which is NOT NULL, may refuse rows; that was not tried with theirs");
+        (Check::Undecided, format!("bool_and({value} IS NOT NULL)"), what)
+    } else {
+        let what = format!("the server cannot compute the generated column {name} for a row");
+        (Check::Computed, format!("count({value})"), what)
+    };
+    Some(Trial { sql: format!("SELECT {test} FROM ({}) AS t", rows.sql(&reads)), check, what, field })
 }
 
 fn cast(value: &Option<String>, column: &Column) -> String {
@@ -91,6 +101,12 @@ impl Rows<'_> {
         self.table.columns.iter().find(|column| column.name == name)
     }
 
+    /// What something reads that reads these columns: of a generated one, what it is made of besides.
+    fn read_by(&self, columns: &[Option<String>]) -> Vec<Option<String>> {
+        let generated = columns.iter().flatten().filter_map(|name| self.column(name)).flat_map(|column| &column.reads);
+        columns.iter().cloned().chain(generated.cloned().map(Some)).collect()
+    }
+
     /// Two rows with what a sweep sets and the further columns that something reads. Their starts are one of the newest stale ones
     /// and a very old one. The rest is NULL, as mostly in open rows.
     fn sql(&self, reads: &[Option<String>]) -> String {
@@ -102,19 +118,32 @@ impl Rows<'_> {
         };
         let set = names.complete.iter();
         let set = set.filter_map(|(name, value)| Some(item(name, cast(value, self.column(name)?))));
-        let others = reads.iter().flatten().filter(|name| !names.sets(name) && **name != names.time_started);
+        let generated: Vec<&Column> = reads
+            .iter()
+            .flatten()
+            .filter_map(|name| self.column(name))
+            .filter(|column| column.expression.is_some())
+            .collect();
+        let is_made = |name: &str| generated.iter().any(|column| column.name == name);
+        let others = reads.iter().flatten();
+        let others = others.filter(|name| !names.sets(name) && **name != names.time_started && !is_made(name));
         let others = others.filter_map(|name| Some(item(name, cast(&None, self.column(name)?))));
         let mut row: Vec<String> = set.chain(others).collect();
         row.push(time(&names.time_completed, "clock_timestamp()"));
         let newest = format!("clock_timestamp() - interval '{} seconds'", self.plan.timeout.as_secs());
         let start = |start: &str| format!("SELECT {}, {}", row.join(", "), time(&names.time_started, start));
-        format!("{} UNION ALL {}", start(&newest), start("timestamptz '1970-01-01'"))
+        let rows = format!("{} UNION ALL {}", start(&newest), start("timestamptz '1970-01-01'"));
+        let made = generated
+            .iter()
+            .filter_map(|column| Some(item(&column.name, format!("({})", column.expression.as_ref()?))));
+        let made: String = made.map(|made| format!(", {made}")).collect();
+        format!("SELECT *{made} FROM ({rows}) AS open")
     }
 }
 
-/// The field of the spec by which a sweep sets one of these columns, if it sets one.
+/// The field of the spec by which a sweep sets one of these columns, if it sets one. None among them stands for all.
 fn set_by(plan: &Plan, columns: &[Option<String>]) -> Option<String> {
-    let reads = |name: &String| columns.iter().any(|column| column.as_ref() == Some(name));
+    let reads = |name: &String| columns.iter().any(|column| column.as_ref().is_none_or(|column| column == name));
     let complete = plan.names.complete.iter().enumerate().find(|(_, (name, _))| reads(name));
     match complete {
         Some((position, (_, value))) => Some(path(position, value)),
@@ -167,7 +196,8 @@ pub fn untried(plan: &Plan, facts: &Catalog, table: &Table, checked: &mut Prefli
     for node in &facts.tree {
         for index in node.indexes.iter().filter(|index| index.parent.is_none() && may_collide(index, &names.id)) {
             let reads: Vec<_> = index.reads.iter().cloned().map(Some).collect();
-            if sets(&reads) || index.reads.contains(&names.time_completed) {
+            let reads = Rows { plan, table }.read_by(&reads);
+            if sets(&reads) || reads.contains(&Some(names.time_completed.clone())) {
                 let kind = if index.exclusion { "exclusion constraint" } else { "unique index" };
                 may_refuse.push(format!("the {kind} {}", qualified(&node.schema, &index.name)));
             }
@@ -188,8 +218,8 @@ fn may_collide(index: &Index, id: &str) -> bool {
 }
 
 /// Whether what a sweep sets decides a CHECK by itself.
-fn is_decided(plan: &Plan, constraint: &Constraint) -> bool {
-    constraint.columns.iter().all(|column| column.as_ref().is_some_and(|name| plan.names.sets(name)))
+fn is_decided(plan: &Plan, reads: &[Option<String>]) -> bool {
+    reads.iter().all(|column| column.as_ref().is_some_and(|name| plan.names.sets(name)))
 }
 
 fn name(constraint: &Constraint) -> String {

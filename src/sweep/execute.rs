@@ -40,6 +40,9 @@ const MIN_STATEMENT_TIME: Duration = Duration::from_millis(20);
 /// So many of them are named.
 pub const MAX_LISTED_KEYS: usize = 10;
 
+/// So long after its deadline a sweep is over, whatever the server does.
+const OVERTIME: Duration = Duration::from_millis(4500);
+
 /// So long after its deadline a sweep waits for the answer to a COMMIT that it has sent.
 const COMMIT_GRACE: Duration = Duration::from_secs(2);
 
@@ -122,6 +125,10 @@ pub async fn run(connected: Connected, job: &Job, stop: &CancellationToken, repo
     let end = tokio::select! {
         end = sweep_with(connected, job, stop, report) => end,
         () = cancel::overdue(stop) => Ok(Ended::Stopped),
+        // What is not known by now stays uncertain.
+        () = tokio::time::sleep_until(start + job.plan.deadline + OVERTIME) => {
+            Err(Error::Timer { what: "the sweep", after: job.plan.deadline + OVERTIME })
+        }
     };
     report.end = end.map_err(|error| Failure::from(&error));
     report.duration = start.elapsed();

@@ -163,14 +163,15 @@ pub fn bound(zone: &str) -> String {
 }
 
 /// Whether an update changes a column that foreign keys could refer to. It then waits for whoever inserts such a reference,
-/// unless the row is locked as strongly before. Source: `RelationGetIndexAttrBitmap` in PostgreSQL's `relcache.c`.
+/// unless the row is locked as strongly before. A generated column may depend on what is set. Source: `RelationGetIndexAttrBitmap` in PostgreSQL's `relcache.c`.
 fn changes_a_key(names: &Names) -> String {
     let set = names.complete.iter().map(|(name, _)| name).chain([&names.time_completed]);
     let set = set.map(|name| literal(name)).collect::<Vec<_>>().join(", ");
     format!(
         "EXISTS (SELECT FROM tree JOIN pg_index x ON x.indrelid = tree.oid \
            JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = ANY ((x.indkey::int2[])[0 : x.indnkeyatts - 1]) \
-         WHERE x.indisunique AND x.indislive AND x.indexprs IS NULL AND x.indpred IS NULL AND a.attname IN ({set}))"
+         WHERE x.indisunique AND x.indislive AND x.indexprs IS NULL AND x.indpred IS NULL \
+           AND (a.attname IN ({set}) OR a.attgenerated <> ''))"
     )
 }
 

@@ -75,6 +75,8 @@ impl Evidence {
         let (transaction, row) = (self.transaction.as_deref(), self.row.as_deref());
         match (self.standby, self.same_server, transaction, row) {
             (true, ..) | (_, _, Some("in progress"), _) => Fate::AskAgain,
+            // A crash takes back what was not written to disk, and the transaction's number is given out again.
+            (_, Some(true), Some("committed"), Some("open")) => Fate::Unknown,
             (_, Some(true), Some("committed"), _) => Fate::Committed,
             (_, Some(true), Some("aborted"), _) => Fate::NotCommitted,
             (_, Some(true), ..) => Fate::Unknown,
@@ -307,7 +309,8 @@ mod tests {
     fn on_the_server_of_the_batch_the_transaction_decides_and_elsewhere_the_row() {
         let (same, other, untold) = (Some(true), Some(false), None);
         for (standby, same_server, transaction, row, fate) in [
-            (false, same, Some("committed"), Some("open"), Fate::Committed),
+            (false, same, Some("committed"), Some("completed"), Fate::Committed),
+            (false, same, Some("committed"), Some("open"), Fate::Unknown),
             (false, same, Some("committed"), None, Fate::Committed),
             (false, same, Some("aborted"), Some("completed"), Fate::NotCommitted),
             (false, same, Some("in progress"), Some("open"), Fate::AskAgain),

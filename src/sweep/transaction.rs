@@ -37,7 +37,7 @@ pub fn settings(statement_timeout: Duration) -> String {
 /// Evaluates a SELECT under the settings of a sweep; what it calls can change nothing.
 pub fn read_only(select: &str, statement_timeout: Duration) -> String {
     format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}{select}; COMMIT",
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}{select}; ROLLBACK",
         settings(statement_timeout)
     )
 }

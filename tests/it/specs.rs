@@ -62,7 +62,8 @@ fn refused() -> Vec<(Value, &'static str, &'static str)> {
     let identifier = "must be a name of at most 63 bytes";
     let exactly = "must have exactly one of value (a string: quote numbers) and setNull: true";
     let completion = |item: Value| json!({ "complete": [item] });
-    let zones = ["", "Local", "+02:00", "UTC+2", "Europe", "Europe/Atlantis", "../etc/passwd", "UTC'; --"];
+    let zones =
+        ["", "Local", "CET", "Japan", "+02:00", "UTC+2", "Europe", "Europe/Atlantis", "../etc/passwd", "UTC'; --"];
     let zones = zones.map(|zone| (json!({ "columns": { "timeZone": zone } }), "spec.columns.timeZone", ""));
     let others = vec![
         (json!({ "database": {} }), "spec.database.secretRef", ""),

@@ -76,8 +76,13 @@ impl Sweep<'_> {
     async fn ask(&self, start: &Start, receipt: &Receipt) -> Result<Fate, Error> {
         let session = self.target.connect(LOOKUP_TIMEOUT).await?;
         let sql = statement::evidence(self.plan, start, receipt, self.server.as_deref());
-        let answer = session.query(Step::Lookup, &sql, LOOKUP_TIMEOUT).await?;
+        let answer = session.query(Step::Lookup, &sql, LOOKUP_TIMEOUT).await;
         session.close().await;
+        let answer = match answer {
+            // Its number was never given out: a crash took the transaction back. Asked only on the server of the batch.
+            Err(error) if error.sqlstate() == Some("22023") && self.server.is_some() => return Ok(Fate::NotCommitted),
+            answer => answer?,
+        };
         Ok(statement::read_evidence(&answer).ok_or(Error::Answer("a lookup"))?.fate())
     }
 }

@@ -5,8 +5,11 @@ use std::time::{Duration, Instant};
 use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::api::status::Outcome;
 use audit_log_sweeper::sweep::sweep;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use support::postgres::{PostgresOptions, PostgresServer};
+use support::wait::eventually;
 use tokio_util::sync::CancellationToken;
 
 use crate::fixtures::AuditTable;
@@ -32,13 +35,18 @@ async fn rows_that_a_trigger_leaves_open_are_suppressed_and_not_timed_out() {
 
 #[tokio::test]
 async fn a_unique_index_on_the_completion_time_makes_no_sweep_wait_for_references() {
+    for index in [
+        "CREATE UNIQUE INDEX everything ON audit_log (time_completed, id)",
+        "ALTER TABLE audit_log ADD done bool GENERATED ALWAYS AS (time_completed IS NOT NULL) STORED, ADD UNIQUE (done, id)",
+    ] {
+        no_wait_for_references(index).await;
+    }
+}
+
+async fn no_wait_for_references(index: &str) {
     let log = AuditTable::new().await;
     log.start_many(4).await;
-    log.run(
-        "CREATE UNIQUE INDEX everything ON audit_log (time_completed, id); \
-         CREATE TABLE part (log uuid REFERENCES audit_log (id))",
-    )
-    .await;
+    log.run(&format!("{index}; CREATE TABLE part (log uuid REFERENCES audit_log (id))")).await;
     let mut application = log.database.client().await.unwrap();
     let transaction = application.transaction().await.unwrap();
     transaction.execute(&format!("INSERT INTO part VALUES ('{}')", crate::fixtures::id(2)), &[]).await.unwrap();
@@ -137,4 +145,58 @@ async fn a_sweep_ends_within_five_seconds_of_its_deadline() {
     let report = sweep(&job, &CancellationToken::new()).await;
     assert_eq!((report.timed_out, report.uncertain), (0, 3), "{report:?}");
     assert!(report.duration < Duration::from_secs(6), "{report:?}");
+}
+
+#[tokio::test]
+async fn a_server_that_stands_still_holds_no_sweep_beyond_five_seconds_after_its_deadline() {
+    let server = PostgresServer::start(PostgresOptions::default()).await.unwrap();
+    let log = AuditTable::on(&server).await;
+    log.start_many(50).await;
+    log.before_update("PERFORM pg_sleep(0.02);").await;
+    let job = log.job_at(&log.database.uri(), json!({ "deadline": "2s", "statementTimeout": "1s", "batchSize": 5 }));
+    let running = tokio::spawn(async move { sweep(&job, &CancellationToken::new()).await });
+    log.until_swept(5).await;
+    // The sweep's backend and the server that would take a cancel request.
+    let pids = log.query("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'audit-log-sweeper/%'").await;
+    let mut pids: Vec<_> = pids.iter().map(|pid| Pid::from_raw(pid.parse().unwrap())).collect();
+    pids.extend(server.pid());
+    pids.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+    let report = running.await.unwrap();
+    pids.iter().for_each(|pid| kill(*pid, Signal::SIGCONT).unwrap());
+    assert!(report.duration < Duration::from_secs(7), "{report:?}");
+    let swept = i64::try_from(log.timed_out().await.len()).unwrap();
+    assert!((report.timed_out..=report.timed_out + report.uncertain).contains(&swept), "{swept}: {report:?}");
+}
+
+#[tokio::test]
+async fn a_transaction_that_a_crash_took_back_is_not_counted() {
+    // COMMIT waits before it writes to disk. Meanwhile a crash takes it back, and its number goes to another transaction.
+    let settings =
+        [("commit_delay", "100000"), ("commit_siblings", "0"), ("fsync", "on"), ("synchronous_commit", "on")];
+    let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let server = PostgresServer::start(PostgresOptions { settings, ..Default::default() }).await.unwrap();
+    let log = AuditTable::on(&server).await;
+    log.start_many(3).await;
+    log.run("CREATE TABLE app (n int)").await;
+    let job = log.job_at(&log.database.uri(), json!({ "deadline": "10s", "statementTimeout": "1s" }));
+    let running = tokio::spawn(async move { sweep(&job, &CancellationToken::new()).await });
+    let sql = "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'audit-log-sweeper/%' AND query = 'COMMIT' AND state = 'active'";
+    let end = Instant::now() + Duration::from_secs(10);
+    let pid = loop {
+        if let Some(pid) = log.query(sql).await.first() {
+            break Pid::from_raw(pid.parse().unwrap());
+        }
+        assert!(Instant::now() < end, "no COMMIT was seen");
+    };
+    kill(pid, Signal::SIGKILL).unwrap();
+    let client = eventually("the server, and another transaction", Duration::from_secs(20), async || {
+        let client = log.database.client().await.map_err(|error| error.to_string())?;
+        client.batch_execute("INSERT INTO app VALUES (1)").await.map_err(|error| error.to_string())?;
+        Ok(client)
+    })
+    .await;
+    let report = running.await.unwrap();
+    let sql = "SELECT count(*) FROM audit_log WHERE result_kind = 'timeout'";
+    let swept: i64 = client.query_one(sql, &[]).await.unwrap().get(0);
+    assert!((report.timed_out..=report.timed_out + report.uncertain).contains(&swept), "{swept}: {report:?}");
 }

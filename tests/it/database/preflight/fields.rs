@@ -243,3 +243,12 @@ async fn a_start_far_ahead_of_the_clock_shows_a_wrong_zone() {
         assert_eq!(warned.collect::<Vec<_>>(), found.into_iter().collect::<Vec<_>>(), "{type_} {zone} {ahead}");
     }
 }
+
+#[tokio::test]
+async fn a_completion_time_that_is_never_null_is_not_one() {
+    let table = TABLE.replace("time_completed timestamptz", "time_completed timestamptz NOT NULL DEFAULT 'infinity'");
+    let checked = Stage::new(&format!("{table}; {INDEX}")).await.check(&json!({})).await;
+    let found = checked.blocking().unwrap();
+    assert_eq!((found.subject, &found.fix), (Columns, &Some(Fix::Field("spec.columns.timeCompleted".into()))));
+    assert!(found.message.contains("is NOT NULL, so no row can be open"), "{}", found.message);
+}

@@ -132,6 +132,38 @@ async fn what_only_rows_can_tell_is_a_warning() {
             column(generated),
             "cannot compute the generated column \"passed\" for a row, so that it may refuse rows (SQLSTATE 22012)",
         ),
+        // By way of a generated column, or of the row as a whole.
+        (
+            column(
+                "text, done bool GENERATED ALWAYS AS (time_completed IS NOT NULL) STORED, CONSTRAINT noted CHECK (NOT done OR note = 'x')",
+            ),
+            "\"noted\" on",
+        ),
+        (
+            column(
+                "text, k int GENERATED ALWAYS AS (CASE coalesce(result_kind, 'open') WHEN 'open' THEN 0 WHEN 'success' THEN 1 END) STORED NOT NULL",
+            ),
+            "the generated column \"k\", which is NOT NULL, may refuse rows",
+        ),
+        (
+            format!(
+                "CREATE DOMAIN small AS int CHECK (VALUE < 2); {}",
+                column("text, k small GENERATED ALWAYS AS (length(result_kind)) STORED")
+            ),
+            "cannot compute the generated column \"k\" for a row, so that it may refuse rows (SQLSTATE 23514)",
+        ),
+        (
+            column("text, g text GENERATED ALWAYS AS (upper(result_kind)) STORED UNIQUE"),
+            "the unique index \"public\".\"audit_log_g_key\" may refuse",
+        ),
+        (
+            format!(
+                "{}; CREATE FUNCTION ok(audit_log) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT $1.time_completed IS NULL'; \
+                 ALTER TABLE audit_log ADD CONSTRAINT whole CHECK (ok(audit_log))",
+                column("text")
+            ),
+            "\"whole\" on",
+        ),
     ] {
         let stage = Stage::new(&sql).await;
         let checked = stage.check(&json!({})).await;
