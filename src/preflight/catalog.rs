@@ -238,7 +238,7 @@ pub fn catalog(plan: &Plan, statement_timeout: Duration) -> String {
            'autovacuum', current_setting('autovacuum')::boolean, \
            'similar', {similar}, 'table', ({about_table}), 'tree', {tree}, 'taken', {taken}, 'schemas', {schemas})::text AS document) \
          SELECT substr(document, piece, {PIECE}) FROM answer, generate_series(1, length(document), {PIECE}) AS piece \
-         ORDER BY piece; ROLLBACK",
+         ORDER BY piece; COMMIT",
         timeout = statement_timeout.as_millis().max(1),
         // To write a predicate down the server locks its table.
         lock_timeout = LOCK_TIMEOUT.min(statement_timeout / 2).as_millis().max(1),

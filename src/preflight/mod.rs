@@ -109,7 +109,7 @@ async fn try_values(
 ) -> Result<(), Error> {
     let Some(table) = &facts.table else { return Ok(()) };
     for trial in values::trials(plan, table) {
-        let sql = transaction::read_only(&trial.sql, timeout(plan));
+        let sql = transaction::trial(&trial.sql, timeout(plan));
         match session.query(Step::Preflight, &sql, TIMEOUT).await {
             Ok(answer) => {
                 let answer = last_row(&answer).and_then(|row| text(row, 0));

@@ -197,3 +197,26 @@ async fn what_only_rows_can_tell_is_a_warning() {
     let stage = Stage::new(&column("text, UNIQUE (result_kind, id)")).await;
     assert!(stage.check(&json!({})).await.findings.is_empty());
 }
+
+#[tokio::test]
+async fn what_a_trial_calls_leaves_nothing_behind() {
+    let notify = "CREATE FUNCTION told(text) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS \
+                  $$ BEGIN PERFORM pg_notify('told', $1); RETURN true; END $$";
+    let stage = Stage::new(&format!("{notify}; {}", column("text CHECK (told(result_kind))"))).await;
+    let (client, mut connection) =
+        tokio_postgres::connect(&stage.log.database.uri(), tokio_postgres::NoTls).await.unwrap();
+    let (send, mut told) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(Ok(message)) = std::future::poll_fn(|context| connection.poll_message(context)).await {
+            if let tokio_postgres::AsyncMessage::Notification(notification) = message {
+                send.send(notification.payload().to_owned()).unwrap();
+            }
+        }
+    });
+    client.batch_execute("LISTEN told").await.unwrap();
+    assert!(stage.check(&json!({})).await.findings.is_empty());
+    // The row that is swept tells; the trial before it did not.
+    stage.sweeps(&id(1), &json!({})).await.unwrap();
+    client.batch_execute("NOTIFY told, 'last'").await.unwrap();
+    assert_eq!((told.recv().await.as_deref(), told.recv().await.as_deref()), (Some("timeout"), Some("last")));
+}
