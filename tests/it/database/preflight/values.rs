@@ -215,8 +215,12 @@ async fn what_a_trial_calls_leaves_nothing_behind() {
     });
     client.batch_execute("LISTEN told").await.unwrap();
     assert!(stage.check(&json!({})).await.findings.is_empty());
-    // The row that is swept tells; the trial before it did not.
+    // The row tells as it is inserted and as it is swept; the trial before did not.
     stage.sweeps(&id(1), &json!({})).await.unwrap();
     client.batch_execute("NOTIFY told, 'last'").await.unwrap();
-    assert_eq!((told.recv().await.as_deref(), told.recv().await.as_deref()), (Some("timeout"), Some("last")));
+    let mut heard = vec![];
+    while heard.last().is_none_or(|last| last != "last") {
+        heard.push(told.recv().await.unwrap());
+    }
+    assert_eq!(heard, ["", "timeout", "last"]);
 }
