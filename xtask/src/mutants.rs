@@ -26,7 +26,7 @@ const UNIT: &[&str] = &["--lib"];
 const INTEGRATION: &[&str] = &["--test", "it"];
 
 const GUARD: (&str, &str) = ("AND (t.{time_completed} IS NULL) IS TRUE ", "");
-const LOCK: (&str, &str) = (" LIMIT {size} FOR NO KEY UPDATE SKIP LOCKED)", " LIMIT {size})");
+const LOCK: (&str, &str) = (" LIMIT {size} FOR {lock} SKIP LOCKED)", " LIMIT {size})");
 const START: &str = "src/sweep/start.rs";
 const STATEMENT: &str = "src/sweep/statement.rs";
 const BATCHES: &str = "src/sweep/execute/batches.rs";
