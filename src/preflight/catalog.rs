@@ -90,6 +90,12 @@ pub struct Table {
     pub constraints: Vec<Constraint>,
 }
 
+impl Table {
+    pub fn column(&self, name: &str) -> Option<&Column> {
+        self.columns.iter().find(|column| column.name == name)
+    }
+}
+
 #[derive(Clone, Debug, Deserialize)]
 pub struct Column {
     pub name: String,

@@ -84,7 +84,7 @@ pub(super) struct Judge<'a> {
 
 impl Judge<'_> {
     pub(super) fn column(&self, name: &str) -> Option<&Column> {
-        self.table.columns.iter().find(|column| column.name == name)
+        self.table.column(name)
     }
 
     /// Statements for the table's owner.

@@ -171,7 +171,7 @@ async fn completion_indexes(
     plan: &Plan,
     facts: &catalog::Catalog,
 ) -> Result<Option<Vec<String>>, Error> {
-    let column = facts.table.as_ref().and_then(|table| table.columns.iter().find(|c| c.name == plan.names.id));
+    let column = facts.table.as_ref().and_then(|table| table.column(&plan.names.id));
     let Some(column) = column else { return Ok(None) };
     let sql = statement::explain_completion(plan, &column.type_text, timeout(plan));
     match ask_plan(session, &sql).await {

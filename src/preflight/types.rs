@@ -58,7 +58,7 @@ impl Judge<'_> {
                 ["1 s", "0.1 s", "0.01 s"].get(usize::try_from(column.typmod).unwrap_or_default()).unwrap_or(&"1 s");
             let effect = if column.name == self.names.time_completed {
                 format!(
-                    "a completion time is rounded down by up to {unit}. Whoever reads the log by that time must leave out the last \
+                    "a completion time is rounded down by up to {unit}. Readers that page by that time must leave out the last \
                      second, or miss rows"
                 )
             } else {

@@ -40,7 +40,7 @@ pub fn trials(plan: &Plan, table: &Table) -> Vec<Trial> {
     let rows = Rows { plan, table };
     let mut trials = vec![];
     for (position, (name, value)) in plan.names.complete.iter().enumerate() {
-        let (Some(column), field) = (rows.column(name), path(position, value)) else { continue };
+        let (Some(column), field) = (table.column(name), path(position, value)) else { continue };
         let what = format!("{} (of type {}) cannot hold what {field} sets", quoted(name), column.type_text);
         trials.push(Trial { sql: format!("SELECT {}", cast(value, column)), check: Check::No, what, field });
     }
@@ -97,13 +97,10 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    fn column(&self, name: &str) -> Option<&Column> {
-        self.table.columns.iter().find(|column| column.name == name)
-    }
-
     /// What something reads that reads these columns: of a generated one, what it is made of besides.
     fn read_by(&self, columns: &[Option<String>]) -> Vec<Option<String>> {
-        let generated = columns.iter().flatten().filter_map(|name| self.column(name)).flat_map(|column| &column.reads);
+        let generated =
+            columns.iter().flatten().filter_map(|name| self.table.column(name)).flat_map(|column| &column.reads);
         columns.iter().cloned().chain(generated.cloned().map(Some)).collect()
     }
 
@@ -113,21 +110,21 @@ impl Rows<'_> {
         let names = &self.plan.names;
         let item = |name: &str, value: String| format!("{value} AS {}", quoted(name));
         let time = |name: &str, time: &str| {
-            let type_ = self.column(name).map_or("timestamptz", |column| column.type_text.as_str());
+            let type_ = self.table.column(name).map_or("timestamptz", |column| column.type_text.as_str());
             item(name, format!("CAST({time} AS {type_})"))
         };
         let set = names.complete.iter();
-        let set = set.filter_map(|(name, value)| Some(item(name, cast(value, self.column(name)?))));
+        let set = set.filter_map(|(name, value)| Some(item(name, cast(value, self.table.column(name)?))));
         let generated: Vec<&Column> = reads
             .iter()
             .flatten()
-            .filter_map(|name| self.column(name))
+            .filter_map(|name| self.table.column(name))
             .filter(|column| column.expression.is_some())
             .collect();
         let is_made = |name: &str| generated.iter().any(|column| column.name == name);
         let others = reads.iter().flatten();
         let others = others.filter(|name| !names.sets(name) && **name != names.time_started && !is_made(name));
-        let others = others.filter_map(|name| Some(item(name, cast(&None, self.column(name)?))));
+        let others = others.filter_map(|name| Some(item(name, cast(&None, self.table.column(name)?))));
         let mut row: Vec<String> = set.chain(others).collect();
         row.push(time(&names.time_completed, "clock_timestamp()"));
         let newest = format!("clock_timestamp() - interval '{} seconds'", self.plan.timeout.as_secs());

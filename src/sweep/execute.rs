@@ -269,7 +269,12 @@ impl Sweep<'_> {
     }
 
     fn time_left(&self) -> Duration {
-        self.deadline.saturating_duration_since(Instant::now())
+        self.time_left_with(Duration::ZERO)
+    }
+
+    /// The time left until so long after the deadline.
+    fn time_left_with(&self, grace: Duration) -> Duration {
+        (self.deadline + grace).saturating_duration_since(Instant::now())
     }
 
     /// Whether the last statement had less time than `statementTimeout` says.

@@ -162,8 +162,16 @@ pub fn bound(zone: &str) -> String {
     )
 }
 
-/// Whether an update changes a column that foreign keys could refer to. It then waits for whoever inserts such a reference,
-/// unless the row is locked as strongly before. A generated column may depend on what is set. Source: `RelationGetIndexAttrBitmap` in PostgreSQL's `relcache.c`.
+/// The columns `r` that the generated column `a` is computed from. Since 15 its expression depends on them, before it was the
+/// column itself.
+pub const COMPUTED_FROM: &str = "pg_attrdef f JOIN pg_depend d ON (d.classid, d.objid) = ('pg_attrdef'::regclass, f.oid) \
+      OR (d.classid, d.objid, d.objsubid) = ('pg_class'::regclass, f.adrelid, f.adnum::int) \
+    JOIN pg_attribute r ON r.attrelid = f.adrelid AND r.attnum = d.refobjsubid \
+    WHERE a.attgenerated <> '' AND (f.adrelid, f.adnum) = (a.attrelid, a.attnum) AND d.refclassid = 'pg_class'::regclass \
+      AND d.refobjid = a.attrelid AND d.refobjsubid <> a.attnum AND d.refobjsubid > 0";
+
+/// Whether an update changes a column that foreign keys could refer to. It then waits for transactions that insert a reference,
+/// unless the row is locked as strongly before. A generated column changes with those that it is computed from. Source: `RelationGetIndexAttrBitmap` in PostgreSQL's `relcache.c`.
 fn changes_a_key(names: &Names) -> String {
     let set = names.complete.iter().map(|(name, _)| name).chain([&names.time_completed]);
     let set = set.map(|name| literal(name)).collect::<Vec<_>>().join(", ");
@@ -171,7 +179,8 @@ fn changes_a_key(names: &Names) -> String {
         "EXISTS (SELECT FROM tree JOIN pg_index x ON x.indrelid = tree.oid \
            JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = ANY ((x.indkey::int2[])[0 : x.indnkeyatts - 1]) \
          WHERE x.indisunique AND x.indislive AND x.indexprs IS NULL AND x.indpred IS NULL \
-           AND (a.attname IN ({set}) OR a.attgenerated <> ''))"
+           AND (a.attname IN ({set}) \
+             OR a.attgenerated <> '' AND EXISTS (SELECT FROM {COMPUTED_FROM} AND r.attname IN ({set}))))"
     )
 }
 

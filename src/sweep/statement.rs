@@ -1,4 +1,4 @@
-//! All SQL of the sweep is written here, and its answers are read here. Why each piece is as it is stands beside it.
+//! The SQL of a sweep after its first question (`start`), and its answers. Why each piece is as it is stands beside it.
 //! What the preflight asks the catalog is written in `preflight/catalog.rs`, the SQL for people in `preflight/fix.rs`.
 //!
 //! Every function, operator and type is named with its schema, or looked for in `pg_catalog` alone. Otherwise, someone

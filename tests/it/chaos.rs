@@ -69,7 +69,7 @@ impl Chaos {
         let (log, operator) = (AuditTable::empty().await, Operator::absent().await);
         log.run(SCHEMA).await;
         let relay = TcpFaultProxy::new(log.port()).await;
-        let uri = log.uri().replace(&format!(":{}/", log.port()), &format!(":{}/", relay.address.port()));
+        let uri = log.uri_at(relay.address.port());
         operator.secret("db", &[("uri", &uri)]).await;
         let mut fakes = vec![];
         for (name, misbehaviour) in [("silent", Misbehaviour::SilentAfterLogin), ("flood", Misbehaviour::EndlessRows)] {

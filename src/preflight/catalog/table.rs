@@ -3,6 +3,7 @@
 use crate::preflight::json::list;
 use crate::sweep::Plan;
 use crate::sweep::plan::literal;
+use crate::sweep::start::COMPUTED_FROM;
 
 pub(super) fn question(plan: &Plan) -> String {
     let (columns, triggers, constraints) = (columns(), triggers(plan), constraints());
@@ -41,15 +42,7 @@ fn columns() -> String {
         "CASE WHEN a.attcollation <> t.typcollation THEN ' COLLATE ' || a.attcollation::regcollation ELSE '' END";
     let expression = "(SELECT pg_get_expr(f.adbin, f.adrelid) FROM pg_attrdef f \
                       WHERE f.adrelid = c.oid AND f.adnum = a.attnum AND a.attgenerated <> '')";
-    // Since 15 it is the expression that depends on columns, before it was the column itself.
-    let reads = list(
-        "DISTINCT r.attname",
-        "pg_attrdef f JOIN pg_depend d ON (d.classid, d.objid) = ('pg_attrdef'::regclass, f.oid) \
-           OR (d.classid, d.objid, d.objsubid) = ('pg_class'::regclass, f.adrelid, f.adnum::int) \
-         JOIN pg_attribute r ON r.attrelid = f.adrelid AND r.attnum = d.refobjsubid \
-         WHERE a.attgenerated <> '' AND (f.adrelid, f.adnum) = (c.oid, a.attnum) AND d.refclassid = 'pg_class'::regclass \
-           AND d.refobjid = c.oid AND d.refobjsubid <> a.attnum AND d.refobjsubid > 0",
-    );
+    let reads = list("DISTINCT r.attname", COMPUTED_FROM);
     let labels = "(SELECT json_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = t.oid)";
     let base = |what: &str| {
         format!(

@@ -18,7 +18,7 @@ impl Sweep<'_> {
     pub(super) async fn commit(&mut self, start: &Start, batch: &Batch) -> Result<(), Error> {
         // Until it is known otherwise: a sweep that is told to stop may end in the midst of this.
         self.report.uncertain += batch.completed;
-        let limit = (self.time_left() + COMMIT_GRACE).min(self.plan.statement_timeout + RESPONSE_GRACE);
+        let limit = self.time_left_with(COMMIT_GRACE).min(self.plan.statement_timeout + RESPONSE_GRACE);
         let committed = tokio::select! {
             committed = self.session.query(Step::Commit, "COMMIT", limit) => committed,
             () = cancel::after(self.stop, cancel::COMMIT) => Err(Error::Timer { what: "COMMIT", after: cancel::COMMIT }),
@@ -51,7 +51,7 @@ impl Sweep<'_> {
 
     /// Whether the transaction of a receipt was committed; None: it cannot be known in the time there is.
     async fn find_out(&self, start: &Start, receipt: &Receipt) -> Option<bool> {
-        let limit = LOOKUP_TIMEOUT.min(self.time_left() + LOOKUP_GRACE);
+        let limit = LOOKUP_TIMEOUT.min(self.time_left_with(LOOKUP_GRACE));
         tokio::select! {
             fate = self.look_up(start, receipt) => match fate {
                 Fate::Committed => Some(true),

@@ -38,7 +38,7 @@ async fn a_lost_answer_to_commit_is_looked_up() {
         let log = AuditTable::new().await;
         log.start_many(5).await;
         let proxy = Proxy::new(log.port(), lose).await;
-        let uri = log.uri().replace(&format!(":{}/", log.port()), &format!(":{}/", proxy.address.port()));
+        let uri = log.uri_at(proxy.address.port());
         let report = sweep(&log.job_at(&uri, json!({ "batchSize": 2 })), &CancellationToken::new()).await;
         assert!(proxy.lost.load(Ordering::SeqCst));
         assert_eq!((report.timed_out, report.outcome()), (committed, Outcome::Failed), "{lose:?}: {report:?}");
@@ -52,7 +52,7 @@ async fn a_lost_commit_that_cannot_be_looked_up_is_reported_as_uncertain() {
     let log = AuditTable::new().await;
     log.start_many(5).await;
     let proxy = Proxy::new(log.port(), Lose::AnswerAndServer).await;
-    let uri = log.uri().replace(&format!(":{}/", log.port()), &format!(":{}/", proxy.address.port()));
+    let uri = log.uri_at(proxy.address.port());
     let stop = CancellationToken::new();
     let job = log.job_at(&uri, json!({ "batchSize": 2 }));
     let stopping = async {
@@ -68,8 +68,8 @@ async fn a_lost_commit_that_cannot_be_looked_up_is_reported_as_uncertain() {
     assert_eq!(log.timed_out().await, [1, 2]);
 }
 
-#[tokio::test]
-async fn a_commit_that_waits_for_a_standby_and_is_terminated_counts() {
+/// A server whose COMMITs wait for a standby that never answers, once a sweep logs in, and a table there with five stale rows.
+pub async fn commit_waits() -> (PostgresServer, AuditTable) {
     let settings = vec![("synchronous_standby_names".to_owned(), "'nobody'".to_owned())];
     let mut server = PostgresServer::start(PostgresOptions { settings, ..Default::default() }).await.unwrap();
     let admin = server.connect("postgres").await.unwrap();
@@ -78,10 +78,16 @@ async fn a_commit_that_waits_for_a_standby_and_is_terminated_counts() {
     let log = AuditTable::on(&server).await;
     log.start_many(5).await;
     let admin = server.connect("postgres").await.unwrap();
-    // From here on, whoever logs in as the sweep's role waits for the standby.
     admin.batch_execute(&format!("ALTER ROLE {} SET synchronous_commit = on", log.database.user)).await.unwrap();
     // A pooler may be logged in already.
     log.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = current_user AND pid <> pg_backend_pid()").await;
+    (server, log)
+}
+
+#[tokio::test]
+async fn a_commit_that_waits_for_a_standby_and_is_terminated_counts() {
+    let (server, log) = commit_waits().await;
+    let admin = server.connect("postgres").await.unwrap();
     let killing = async {
         eventually("the COMMIT to wait for the standby", SOON, async || {
             let killed = admin

@@ -123,7 +123,7 @@ async fn row_security_that_would_hide_rows() {
 
 #[tokio::test]
 async fn what_else_keeps_the_server_from_an_update() {
-    // Publications belong to the database, and an extension's schema to whoever made it.
+    // Publications belong to the database, and an extension's schema to the role that made it.
     let published = TABLE.replace("id uuid PRIMARY KEY", "id uuid NOT NULL UNIQUE");
     all_found_and_mended([fault(
         &["CREATE PUBLICATION changes FOR ALL TABLES"],
