@@ -39,12 +39,13 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
     // For its own API server and etcd, which it stops.
     let DedicatedControlPlane { mut plane, client, namespace, scratch, config } = DedicatedControlPlane::new().await;
     let mut process = replica("a", &config, &scratch, &namespace, &[]);
-    let log = AuditTable::slow(40).await;
+    let log = AuditTable::held(2, 40).await;
     secret(&client, &namespace, &log).await;
     let objects: Api<AuditLogSweeper> = Api::namespaced(client.clone(), &namespace);
     objects.create(&PostParams::default(), &object("app", json!({ "batchSize": 1, "period": "1h" }))).await.unwrap();
     log.until_swept(2).await;
     plane.stop_api_server();
+    log.release().await;
     // It ends while nobody can be told.
     log.until_swept(40).await;
     eventually("the end of the session", WAIT_TIMEOUT, async || {
@@ -94,7 +95,7 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
 
 #[tokio::test]
 async fn killed_between_the_commit_and_the_status_it_sweeps_at_most_once_more() {
-    let (log, operator) = (AuditTable::slow(10).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::held(2, 10).await, Operator::absent().await);
     operator.secret_for(&log).await;
     let relay = TcpFaultProxy::new(port(operator.plane)).await;
     let config = operator.kubeconfig(Some(&relay)).await;
@@ -102,6 +103,7 @@ async fn killed_between_the_commit_and_the_status_it_sweeps_at_most_once_more() 
     operator.apply("app", json!({ "batchSize": 1, "period": "1h" })).await;
     log.until_swept(2).await;
     relay.set(Course::Deaf);
+    log.release().await;
     log.until_swept(10).await;
     eventually("the end of the session", WAIT_TIMEOUT, async || {
         let sessions = log.sweeping_sessions().await;

@@ -30,7 +30,7 @@ fn spec(secret: &str, rest: Value) -> Value {
 
 #[tokio::test]
 async fn a_sweep_that_waits_for_its_server_heeds_an_edit() {
-    let log = AuditTable::slow(60).await;
+    let log = AuditTable::held(1, 60).await;
     let mut operator = Operator::absent().await;
     operator.secret_for(&log).await;
     operator.start_with(&["--max-sweeps-per-server=1"]).await;
@@ -39,6 +39,7 @@ async fn a_sweep_that_waits_for_its_server_heeds_an_edit() {
     operator.apply("queued", json!({ "period": "1h" })).await;
     operator.until("queued", "the acknowledgement", |s| has(s, "Reconciling=True/Pending")).await;
     operator.apply("queued", json!({ "period": "1h", "suspend": true })).await;
+    log.release().await;
     operator.until("first", "the sweep before it", |s| s["lastSweep"] != Value::Null).await;
     operator.until("queued", "the acknowledgement", |s| has(s, "Suspended=True/Suspended")).await;
     assert_eq!((log.timed_out().await, log.trail().await.len()), ((1..=40).collect(), 1));

@@ -113,18 +113,18 @@ async fn an_object_that_goes_to_another_install_during_its_sweep_is_left_to_that
 
 #[tokio::test]
 async fn an_object_that_goes_to_another_install_while_it_waits_for_its_turn_is_left_to_that() {
-    let (slow, log, mut operator) = (AuditTable::slow(60).await, AuditTable::new().await, Operator::absent().await);
+    let (held, log, mut operator) = (AuditTable::held(1, 3).await, AuditTable::new().await, Operator::absent().await);
     log.start_many(3).await;
-    operator.secret("slow", &[("uri", &slow.database.uri())]).await;
+    operator.secret("held", &[("uri", &held.database.uri())]).await;
     operator.secret_for(&log).await;
     operator.start_with(&["--selector=shard=a", "--max-concurrent-sweeps=1"]).await;
     let create = async |name: &str, spec: Value| {
         operator.apply(name, spec).await;
         label(&operator, name, "a").await;
     };
-    let database = json!({ "secretRef": { "name": "slow" }, "tls": { "mode": "Disable" } });
+    let database = json!({ "secretRef": { "name": "held" }, "tls": { "mode": "Disable" } });
     create("holder", json!({ "database": database, "batchSize": 1, "period": "1h" })).await;
-    slow.until_swept(1).await;
+    held.until_swept(1).await;
     create("moves", json!({ "period": "1h", "limit": 1 })).await;
     eventually("it to wait for its turn", WAIT_TIMEOUT, async || {
         let sessions = log.sweeping_sessions().await;
@@ -133,6 +133,11 @@ async fn an_object_that_goes_to_another_install_while_it_waits_for_its_turn_is_l
     .await;
     label(&operator, "moves", "b").await;
     create("stays", json!({ "period": "1h", "limit": 1 })).await;
+    eventually("its departure to be seen", WAIT_TIMEOUT, async || {
+        if operator.log().contains("labelled for others") { Ok(()) } else { Err(operator.log()) }
+    })
+    .await;
+    held.release().await;
     operator.until("stays", "its sweep", |s| s["lastSweep"] != Value::Null).await;
     // Turns come in the order of arrival: the one that moved would have had its own before this.
     create("last", json!({ "period": "1h", "limit": 1 })).await;

@@ -24,7 +24,7 @@ async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
     let log = AuditTable::new().await;
     log.start(1, "2 h").await;
     log.start(2, "1 s").await;
-    let slow = AuditTable::slow(20).await;
+    let slow = AuditTable::held(1, 50).await;
     for (name, log) in [("db", &log), ("slow", &slow)] {
         let metadata = json!({ "name": name, "namespace": namespace });
         let secret = json!({ "apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": { "uri": log.database.uri() } });
@@ -88,13 +88,14 @@ async fn an_object_that_breaks_the_rules_is_told_so_and_stops_no_other() {
 
     // An edit during the sweep makes the object unreadable: that is said, and the rows are counted once it can be read.
     let database = json!({ "secretRef": { "name": "slow" }, "tls": { "mode": "Disable" } });
-    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 10 })).await.unwrap();
+    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 40 })).await.unwrap();
     slow.until_swept(1).await;
-    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 10, "ofALaterVersion": 5 })).await.unwrap();
+    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 40, "ofALaterVersion": 5 })).await.unwrap();
+    slow.release().await;
     let status = shown("slow", "Ready=False/InvalidSpec").await;
     assert_eq!(status["totals"], Value::Null, "{status:#}");
     let rows = slow.timed_out().await;
-    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 10, "suspend": true })).await.unwrap();
+    apply("slow", json!({ "database": database, "batchSize": 1, "limit": 40, "suspend": true })).await.unwrap();
     let status = shown("slow", "Suspended=True/Suspended").await;
-    assert_eq!((&status["totals"]["timedOut"], rows), (&json!(10), (1..=10).collect()), "{status:#}");
+    assert_eq!((&status["totals"]["timedOut"], rows), (&json!(40), (1..=40).collect()), "{status:#}");
 }

@@ -278,13 +278,14 @@ async fn every_value_is_that_of_the_status_and_goes_with_the_object() {
 
 #[tokio::test]
 async fn sweeps_in_flight_are_seen_and_slots_are_met() {
-    let (log, operator) = (AuditTable::slow(20).await, Operator::new().await);
+    let (log, operator) = (AuditTable::held(1, 20).await, Operator::new().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 1, "period": "5s" })).await;
     log.until_swept(1).await;
     let scrape = Scrape::of(&operator.log()).await.unwrap();
     assert_eq!(scrape.value("sweeps_in_flight", &[]), Some(1.0), "{scrape:?}");
     assert_eq!(scrape.value("schedule_lag_seconds_count", &[]), Some(0.0), "the first is for the creation");
+    log.release().await;
     eventually("a sweep of the schedule", WAIT_TIMEOUT, async || {
         let scrape = Scrape::of(&operator.log()).await?;
         let of_schedule = scrape.sweeps(&operator, "app", "Drained", "Schedule") >= Some(1.0);

@@ -234,7 +234,7 @@ async fn a_restored_object_goes_on_from_the_status_of_its_backup() {
 
 #[tokio::test]
 async fn a_leader_that_was_frozen_says_nothing_of_what_it_no_longer_leads() {
-    let (log, operator) = (AuditTable::slow(40).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::slow(400).await, Operator::absent().await);
     operator.secret_for(&log).await;
     let config = operator.kubeconfig(None).await;
     let start = |pod: &str| replica(pod, &config, &operator.scratch, &operator.namespace, &["--lease-duration=3s"]);

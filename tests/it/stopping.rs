@@ -75,13 +75,14 @@ fn by(relay: &TcpFaultProxy, log: &AuditTable) -> String {
 
 #[tokio::test]
 async fn counts_that_could_not_be_published_are_published_at_the_end() {
-    let (log, operator) = (AuditTable::slow(12).await, Operator::absent().await);
+    let (log, operator) = (AuditTable::held(2, 12).await, Operator::absent().await);
     operator.secret_for(&log).await;
     operator.apply("app", json!({ "batchSize": 2, "period": "1h" })).await;
     let relay = TcpFaultProxy::new(port(operator.plane)).await;
     let a = start(&operator, &operator.kubeconfig(Some(&relay)).await, &[]);
     log.until_swept(2).await;
     relay.set(Course::Closed);
+    log.release().await;
     until_says(&a, "trying this object again").await;
     relay.set(Course::To(port(operator.plane)));
     // It would try again by itself a second after it failed.
