@@ -176,7 +176,9 @@ async fn a_deadlock_costs_a_retry_and_nothing_else() {
     log.start_many(3).await;
     log.run("CREATE TABLE other (n int); INSERT INTO other VALUES (0)").await;
     log.before_update("UPDATE other SET n = n + 1;").await;
-    let mut application = log.database.client().await.unwrap();
+    let mut application = support::postgres::shared().connect(&log.database.name).await.unwrap();
+    // It waits for longer than the sweep, so the sweep is the one that notices.
+    application.batch_execute("SET deadlock_timeout = '1min'").await.unwrap();
     let transaction = application.transaction().await.unwrap();
     transaction.execute("UPDATE other SET n = n", &[]).await.unwrap();
     let job = log.job(json!({}));
@@ -186,7 +188,7 @@ async fn a_deadlock_costs_a_retry_and_nothing_else() {
         if waiting == ["Lock"] { Ok(()) } else { Err(format!("{waiting:?}")) }
     })
     .await;
-    // Now each waits for the other; the sweep has waited longer, so it is the one that notices.
+    // Now each waits for the other.
     let sql = "UPDATE audit_log SET user_agent = 'x' WHERE time_completed IS NULL";
     transaction.execute(sql, &[]).await.unwrap();
     transaction.commit().await.unwrap();
