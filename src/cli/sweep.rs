@@ -98,6 +98,7 @@ fn machine_report(job: &Job, report: &Report) -> Value {
         "outcome": report.outcome(),
         "batches": report.batches,
         "smallBatches": report.small_batches,
+        "fallbackBatches": report.fallback_batches,
         "refused": report.refused,
         "refusedIds": report.refused_ids,
         "refusedWhy": report.refused_why,
@@ -111,12 +112,15 @@ fn machine_report(job: &Job, report: &Report) -> Value {
 }
 
 fn batches(report: &Report) -> String {
-    let Report { batches, small_batches, .. } = report;
-    if *small_batches == 0 {
-        batches.to_string()
-    } else {
-        format!("{batches}, {small_batches} of them small: others seem to write to the server")
+    let Report { batches, small_batches, fallback_batches, .. } = report;
+    let mut parts = vec![batches.to_string()];
+    if *small_batches > 0 {
+        parts.push(format!("{small_batches} of them small: others seem to write to the server"));
     }
+    if *fallback_batches > 0 {
+        parts.push(format!("{fallback_batches} of them slower: a row was in use, or a trigger stands in the way"));
+    }
+    parts.join(", ")
 }
 
 fn text_report(report: &Report) -> String {

@@ -26,6 +26,7 @@ use crate::database::error::Step;
 use crate::database::session::{last_row, text};
 use crate::database::{Error, Session, Target};
 use crate::sweep::start::Start;
+use crate::sweep::statement::Locking;
 use crate::sweep::{Plan, start, statement, transaction};
 
 /// Reaching the database and planning a statement takes far less than this.
@@ -148,7 +149,7 @@ async fn ask_start(session: &Session, plan: &Plan) -> Result<Start, Error> {
 /// The server's plan for the batch that a sweep would run now, a line each.
 async fn batch_steps(session: &Session, plan: &Plan) -> Result<(Start, Vec<String>), Error> {
     let start = ask_start(session, plan).await?;
-    let answer = ask_plan(session, &statement::explain(plan, &start, timeout(plan))).await?;
+    let answer = ask_plan(session, &statement::explain(plan, &start, Locking::RowsFirst, timeout(plan))).await?;
     Ok((start, lines(&answer)))
 }
 

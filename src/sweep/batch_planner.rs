@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::recovery::Recovery;
+use super::statement::Locking;
 use super::throttle::Throttle;
 use crate::database::Error;
 
@@ -35,6 +36,8 @@ pub struct NextBatch {
     pub throttled: bool,
     /// Whether throttling reduced its size.
     pub reduced: bool,
+    /// How it meets rows that somebody else is changing.
+    pub locking: Locking,
 }
 
 /// What to do about an error.
@@ -63,6 +66,7 @@ pub struct BatchPlanner {
     /// The next rows, this many, contain a refused row.
     suspect_rows: Option<i64>,
     throttle: Throttle,
+    locking: Locking,
     /// Rows refused in all.
     refused: i64,
     streak: FailureStreak,
@@ -82,8 +86,22 @@ impl BatchPlanner {
     /// Starts at the full size. The sweep yields to other clients for no longer than its budget.
     pub fn new(max_size: i64, yield_budget: Duration) -> Self {
         let (max_size, throttle) = (max_size.max(1), Throttle::new(yield_budget));
-        let streak = FailureStreak::default();
-        Self { max_size, size: max_size, successes: 0, busy: false, suspect_rows: None, throttle, refused: 0, streak }
+        Self {
+            max_size,
+            size: max_size,
+            successes: 0,
+            busy: false,
+            suspect_rows: None,
+            throttle,
+            locking: Locking::Optimistic,
+            refused: 0,
+            streak: FailureStreak::default(),
+        }
+    }
+
+    /// After one optimistic batch was taken back, the rest of the sweep locks rows first: what is taken back leaves dead rows.
+    pub const fn lock_rows_first(&mut self) {
+        self.locking = Locking::RowsFirst;
     }
 
     /// Returns the next batch, `at` being the time since the start of the sweep and `left` what is left of the limit. With
@@ -100,7 +118,7 @@ impl BatchPlanner {
         };
         let way = self.throttle.max_rows(at).filter(|_| !waiting);
         let rows = way.map_or(usual, |max_size| usual.min(max_size));
-        NextBatch { rows, single, throttled: way.is_some(), reduced: rows < usual }
+        NextBatch { rows, single, throttled: way.is_some(), reduced: rows < usual, locking: self.locking }
     }
 
     /// Records a batch of this many rows that was committed.

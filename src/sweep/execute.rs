@@ -15,7 +15,7 @@ use super::batch_planner::LOCKED;
 use super::recovery::Recovery;
 use super::report::Ended;
 use super::start::{self, Cursor, Start};
-use super::statement::{self, Batch};
+use super::statement::{self, Batch, Locking};
 use super::throttle::Peers;
 use super::{Plan, Report};
 use crate::api::Failure;
@@ -184,7 +184,8 @@ async fn sweep_with(
 /// Has the server plan the statement of a batch.
 async fn explain(session: &Session, plan: &Plan, start: &Start) -> Result<(), Error> {
     let limit = plan.statement_timeout.min(EXPLAIN_TIMEOUT);
-    let planned = session.query(Step::Preflight, &statement::explain(plan, start, limit), limit + RESPONSE_GRACE).await;
+    let sql = statement::explain(plan, start, Locking::RowsFirst, limit);
+    let planned = session.query(Step::Preflight, &sql, limit + RESPONSE_GRACE).await;
     if planned.is_err() {
         session.rollback().await;
     }
@@ -210,6 +211,8 @@ enum BatchAttempt {
     Batch(Batch),
     /// The sweep is over.
     Early(Ended),
+    /// It was optimistic and not exact: nothing of it is left.
+    TakenBack,
     /// The server refused this row.
     Refused { row: Cursor, error: Error },
 }

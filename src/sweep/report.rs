@@ -25,6 +25,8 @@ pub struct Report {
     pub batches: i64,
     /// Of them those that were small, since others wrote to the server.
     pub small_batches: i64,
+    /// Of them those that locked their rows first, since one that did not met a row that was in use, or a trigger.
+    pub fallback_batches: i64,
     /// Rows that the server refused to complete.
     pub refused: i64,
     /// Keys of the first of them, where a key is no row data: uuid and int8.
@@ -64,6 +66,7 @@ impl Report {
             uncertain: 0,
             batches: 0,
             small_batches: 0,
+            fallback_batches: 0,
             refused: 0,
             refused_ids: vec![],
             refused_why: None,

@@ -5,6 +5,9 @@ use std::time::Duration;
 /// Waiting for a lock longer than this is a schema change.
 pub const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// The limits of a transaction that may make others wait: of a statement, and of a lock.
+const UNNOTICED: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(10));
+
 /// A client that was stopped or cut off must not hold its row locks for long.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -12,25 +15,65 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The server also writes expressions down in one form, with quotes only where they are needed.
 pub const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL quote_all_identifiers = off; ";
 
-/// Limits that the server keeps for one transaction. SET LOCAL only: a pooler hands a session's settings on to the
-/// next client.
-pub fn settings(statement_timeout: Duration) -> String {
-    // Zero would switch a limit off. The wait for a lock ends first: the server would else call it a slow statement.
-    let lock_timeout = LOCK_TIMEOUT.min(statement_timeout / 2);
-    let millis = |limit: Duration| limit.as_millis().max(1);
+/// Limits that the server keeps for one transaction.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub statement: Duration,
+    /// Of each wait for a lock.
+    pub lock: Duration,
+}
+
+impl Limits {
+    /// The wait for a lock ends first: the server would else call it a slow statement.
+    pub fn of(statement: Duration) -> Self {
+        Self { statement, lock: LOCK_TIMEOUT.min(statement / 2) }
+    }
+
+    /// The same, but so short that nobody notices whom the transaction made wait.
+    pub fn unnoticed(self) -> Self {
+        Self { statement: self.statement.min(UNNOTICED.0), lock: self.lock.min(UNNOTICED.1) }
+    }
+}
+
+/// Begins a transaction that may write.
+pub fn begin(limits: Limits) -> String {
+    format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}SET CONSTRAINTS ALL IMMEDIATE; ", settings(limits))
+}
+
+/// Local to the transaction: a pooler hands a session's settings on to the next client. One statement, since each costs.
+fn settings(limits: Limits) -> String {
+    // Zero would switch a limit off.
+    let millis = |limit: Duration| limit.as_millis().max(1).to_string();
+    let limits = [
+        ("statement_timeout", millis(limits.statement)),
+        ("lock_timeout", millis(limits.lock)),
+        ("idle_in_transaction_session_timeout", millis(IDLE_TIMEOUT)),
+    ];
+    let fixed = [
+        ("row_security", "off"),
+        ("DateStyle", "ISO, YMD"),
+        ("TimeZone", "UTC"),
+        ("client_min_messages", "error"),
+        // Also the plans that triggers make are not kept, so none of them outlives these settings.
+        ("plan_cache_mode", "force_custom_plan"),
+        ("jit", "off"),
+        // The one good plan walks the partial index in order. With statistics from before a backlog, or none, the planner
+        // prefers plans that cost a thousand times as much.
+        ("enable_seqscan", "off"),
+        ("enable_bitmapscan", "off"),
+        ("enable_hashjoin", "off"),
+        ("enable_mergejoin", "off"),
+        ("enable_sort", "off"),
+        ("enable_incremental_sort", "off"),
+    ];
+    let settings = limits.iter().map(|(name, value)| (*name, value.as_str())).chain(fixed);
+    let settings: String = settings.map(|(name, value)| format!("('{name}', '{value}'), ")).collect();
+    // The keys of a batch must fit into a hash table.
+    let work_mem = "pg_catalog.concat(GREATEST(16384, pg_catalog.pg_size_bytes(pg_catalog.current_setting('work_mem')) \
+        OPERATOR(pg_catalog./) 1024), 'kB')";
     format!(
-        "SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = {}; \
-         SET LOCAL idle_in_transaction_session_timeout = {}; SET LOCAL row_security = off; \
-         SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL TimeZone = 'UTC'; \
-         SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL jit = off; SET LOCAL client_min_messages = error; {}",
-        millis(statement_timeout),
-        millis(lock_timeout),
-        millis(IDLE_TIMEOUT),
-        // The one good plan walks the partial index in order. With statistics from before a backlog, or none, the
-        // planner prefers plans that cost a thousand times as much.
-        ["seqscan", "bitmapscan", "hashjoin", "mergejoin", "sort"]
-            .map(|node| format!("SET LOCAL enable_{node} = off; "))
-            .concat(),
+        "SELECT pg_catalog.count(pg_catalog.set_config(name, value, true)) \
+         FROM (VALUES {settings}('work_mem', {work_mem})) AS settings (name, value); "
     )
 }
 
@@ -47,5 +90,8 @@ pub fn trial(select: &str, statement_timeout: Duration) -> String {
 }
 
 fn evaluate(select: &str, statement_timeout: Duration) -> String {
-    format!("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}{select}", settings(statement_timeout))
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}{select}",
+        settings(Limits::of(statement_timeout))
+    )
 }

@@ -53,7 +53,7 @@ async fn sweeps_once_from_a_file_with_its_secret_and_prints_json() {
     assert_eq!(
         report,
         json!({ "timedOut": 2, "limit": 2, "outcome": "LimitReached", "batches": 1, "error": null,
-                "smallBatches": 0, "refused": 0, "refusedIds": [], "refusedWhy": null, "skipped": 0, "suppressed": 0, "uncertain": 0,
+                "smallBatches": 0, "fallbackBatches": 0, "refused": 0, "refusedIds": [], "refusedWhy": null, "skipped": 0, "suppressed": 0, "uncertain": 0,
                 "backlog": { "remaining": 1, "atLeast": false, "display": "1" } })
     );
 }

@@ -10,7 +10,6 @@ use support::process::output;
 
 /// A change to the code that at least one of the tests must notice.
 ///
-/// The guard alone is not removed here: the lock clause checks its own WHERE again, so that no test can notice it.
 struct Mutant {
     name: &'static str,
     file: &'static str,
@@ -25,30 +24,34 @@ struct Mutant {
 const UNIT: &[&str] = &["--lib"];
 const INTEGRATION: &[&str] = &["--test", "it"];
 
-const GUARD: (&str, &str) = ("AND (t.{time_completed} IS NULL) IS TRUE ", "");
-const LOCK: (&str, &str) = (" LIMIT {size} FOR {lock} SKIP LOCKED)", " LIMIT {size})");
+const RECHECK: (&str, &str) = ("WHERE {stale} AND t.{time_started}", "WHERE t.{time_started}");
+const LOCK: (&str, &str) = ("format!(\" FOR {} SKIP LOCKED\", start.lock)", "String::new()");
 const START: &str = "src/sweep/start.rs";
 const STATEMENT: &str = "src/sweep/statement.rs";
 const BATCHES: &str = "src/sweep/execute/batches.rs";
 const COMMIT: &str = "src/sweep/execute/commit.rs";
 
-const MUTANTS: [Mutant; 9] = [
+const MUTANTS: [Mutant; 10] = [
     Mutant {
-        name: "neither guard nor lock clause",
+        name: "rows updated that are complete meanwhile",
         file: STATEMENT,
-        edits: &[GUARD, LOCK],
+        edits: &[RECHECK],
         target: INTEGRATION,
-        tests: &["database::sweep::a_completion_in_flight"],
+        tests: &["database::sweep::a_row_that_is_completed_in_the_midst"],
     },
     Mutant {
-        name: "join on the id alone",
-        file: STATEMENT,
-        edits: &[(
-            "t.{time_started} {EQUALS} stale.{time_started} AND t.{id} {key_equals} stale.{id}",
-            "t.{id} {key_equals} stale.{id}",
-        )],
+        name: "an optimistic batch kept whatever it completed",
+        file: "src/sweep/execute/attempt.rs",
+        edits: &[("if batch.is_exact() {", "if batch.updated >= 0 {")],
         target: INTEGRATION,
-        tests: &["database::sweep::the_same_id", "database::shapes::partitions"],
+        tests: &["database::sweep::rows_that_share_a_key", "database::sweep::after_a_batch_was_taken_back"],
+    },
+    Mutant {
+        name: "rows updated that were not selected",
+        file: STATEMENT,
+        edits: &[("AND t.{time_started} OPERATOR(pg_catalog.<=) {last_time} AND {up_to_last}{locked}", "{locked}")],
+        target: INTEGRATION,
+        tests: &["database::sweep::takes_the_oldest_first"],
     },
     Mutant {
         name: "a lost COMMIT taken as not done",

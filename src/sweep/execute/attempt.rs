@@ -1,7 +1,10 @@
 //! One try at a batch, or at a single row, up to its COMMIT.
 
 use super::{Answer, BatchAttempt, Cursor, Ended, Error, Start, Step, Sweep, statement};
-use crate::sweep::statement::Batch;
+use crate::sweep::batch_planner::NextBatch;
+use crate::sweep::recovery::Recovery;
+use crate::sweep::statement::{Batch, Locking};
+use crate::sweep::transaction::Limits;
 use tokio_postgres::SimpleQueryMessage;
 
 impl Sweep<'_> {
@@ -34,14 +37,44 @@ impl Sweep<'_> {
         &mut self,
         start: &Start,
         cursor: Option<&Cursor>,
-        size: i64,
+        next: NextBatch,
     ) -> Result<BatchAttempt, Error> {
         let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(BatchAttempt::Early(self.cause())) };
-        let sql = statement::batch(self.plan, start, cursor, size, statement_timeout);
-        match self.ask_for_rows(Step::Batch, &sql, statement_timeout).await? {
-            Answer::Early(ended) => Ok(BatchAttempt::Early(ended)),
-            Answer::Rows(answer) => self.read_batch(&answer).await.map(BatchAttempt::Batch),
+        let limits = Limits::of(statement_timeout);
+        match next.locking {
+            Locking::Optimistic => self.optimistic_batch(start, cursor, next.rows, limits.unnoticed()).await,
+            Locking::RowsFirst => {
+                let sql = statement::batch(self.plan, start, cursor, next.rows, next.locking, limits);
+                match self.ask_for_rows(Step::Batch, &sql, statement_timeout).await? {
+                    Answer::Early(ended) => Ok(BatchAttempt::Early(ended)),
+                    Answer::Rows(answer) => self.read_batch(&answer).await.map(BatchAttempt::Batch),
+                }
+            }
         }
+    }
+
+    /// Runs a batch that is taken back unless it completed the very rows that it selected, whatever the cause is.
+    async fn optimistic_batch(
+        &mut self,
+        start: &Start,
+        cursor: Option<&Cursor>,
+        size: i64,
+        limits: Limits,
+    ) -> Result<BatchAttempt, Error> {
+        let sql = statement::batch(self.plan, start, cursor, size, Locking::Optimistic, limits);
+        match self.ask_for_rows(Step::Batch, &sql, limits.statement).await {
+            Ok(Answer::Early(ended)) => return Ok(BatchAttempt::Early(ended)),
+            Ok(Answer::Rows(answer)) => {
+                let batch = statement::read_batch(&answer).ok_or(Error::Answer("a batch"))?;
+                if batch.is_exact() {
+                    return Ok(BatchAttempt::Batch(batch));
+                }
+            }
+            Err(error) if Recovery::from(&error) == Recovery::End => return Err(error),
+            Err(_) => {}
+        }
+        self.session.rollback().await;
+        Ok(BatchAttempt::TakenBack)
     }
 
     /// Reads what a batch did, and takes it back if it changed rows beside those that it chose.

@@ -5,8 +5,9 @@ use super::{
     sleep_with_jitter, statement,
 };
 use crate::sweep::batch_planner::{BatchPlanner, NextBatch, Reaction};
-use crate::sweep::statement::Batch;
+use crate::sweep::statement::{Batch, Locking};
 use crate::sweep::throttle;
+use crate::sweep::transaction::Limits;
 
 impl Sweep<'_> {
     /// Completes batches until nothing is left or something ends it.
@@ -31,6 +32,10 @@ impl Sweep<'_> {
                     if batch.selected < next.rows {
                         break Ended::Drained;
                     }
+                    continue;
+                }
+                Ok(BatchAttempt::TakenBack) => {
+                    planner.lock_rows_first();
                     continue;
                 }
                 Ok(BatchAttempt::Refused { row, error }) => (Some(row), error),
@@ -62,7 +67,7 @@ impl Sweep<'_> {
         cursor: Option<&Cursor>,
         next: NextBatch,
     ) -> Result<BatchAttempt, Error> {
-        if next.single { self.one(start, cursor).await } else { self.batch(start, cursor, next.rows).await }
+        if next.single { self.one(start, cursor).await } else { self.batch(start, cursor, next).await }
     }
 
     async fn commit_batch(
@@ -79,6 +84,7 @@ impl Sweep<'_> {
         }
         self.commit(start, batch).await?;
         self.report.small_batches += i64::from(next.reduced);
+        self.report.fallback_batches += i64::from(next.locking == Locking::RowsFirst);
         planner.record_success(next.rows);
         if let Some(ended) = batch.ended {
             planner.record_activity(ended, started, self.time_spent());
@@ -114,7 +120,7 @@ impl Sweep<'_> {
     async fn try_without_rows(&self, start: &Start) -> Result<(), Error> {
         explain(&self.session, self.plan, start).await?;
         let limit = self.plan.statement_timeout.min(EXPLAIN_TIMEOUT);
-        let sql = statement::batch(self.plan, start, None, 0, limit);
+        let sql = statement::batch(self.plan, start, None, 0, Locking::RowsFirst, Limits::of(limit));
         let tried = self.session.query(Step::Batch, &sql, limit + RESPONSE_GRACE).await;
         self.session.rollback().await;
         tried.map(drop)

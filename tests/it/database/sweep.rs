@@ -89,7 +89,7 @@ async fn a_completion_in_flight_is_neither_overwritten_nor_waited_for() {
         let start = Instant::now();
         let report = log.sweep(json!({})).await;
         assert!(start.elapsed() < Duration::from_secs(2), "it waited: {:?}", start.elapsed());
-        assert_eq!((report.timed_out, report.end.err()), (1, None));
+        assert_eq!((report.timed_out, report.fallback_batches, report.end.err()), (1, 1, None));
         assert_eq!(log.timed_out().await, [2]);
 
         if commit {
@@ -104,6 +104,42 @@ async fn a_completion_in_flight_is_neither_overwritten_nor_waited_for() {
             assert_eq!(log.timed_out().await, [1, 2]);
         }
     }
+}
+
+/// The batch has seen the row open, and has not come to it yet.
+#[tokio::test]
+async fn a_row_that_is_completed_in_the_midst_of_a_batch_stays_as_it_is() {
+    let log = AuditTable::new().await;
+    log.start_many(3).await;
+    let completed = format!("EXISTS (SELECT FROM audit_log WHERE id = '{}' AND time_completed IS NOT NULL)", id(3));
+    log.before_update(&format!(
+        "IF NEW.id = '{}' THEN FOR n IN 1..20 LOOP EXIT WHEN {completed}; PERFORM pg_sleep(0.01); END LOOP; END IF;",
+        id(1)
+    ))
+    .await;
+    let application = log.database.client().await.unwrap();
+    let completing = async {
+        let sql = format!(
+            "UPDATE audit_log SET time_completed = clock_timestamp(), result_kind = 'success', http_status_code = 200 \
+             WHERE id = '{}' AND EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep' \
+               AND datname = current_database() AND application_name LIKE 'audit-log-sweeper/%')",
+            id(3)
+        );
+        while application.execute(&sql, &[]).await.unwrap() == 0 {}
+    };
+    let (report, ()) = tokio::join!(log.sweep(json!({})), completing);
+    assert_eq!((log.timed_out().await, log.with_kind("success").await), (vec![1, 2], vec![3]), "{report:?}");
+    assert_eq!((report.timed_out, report.batches, report.fallback_batches), (2, 1, 1), "{report:?}");
+}
+
+#[tokio::test]
+async fn after_a_batch_was_taken_back_the_rest_of_the_sweep_locks_rows_first() {
+    let log = AuditTable::new().await;
+    log.start_many(25).await;
+    log.before_update(&format!("IF NEW.id = '{}' THEN RETURN NULL; END IF;", id(13))).await;
+    let report = log.sweep(json!({ "batchSize": 10 })).await;
+    assert_eq!(log.open().await, [13]);
+    assert_eq!((report.timed_out, report.suppressed, report.batches, report.fallback_batches), (24, 1, 3, 2));
 }
 
 #[tokio::test]
@@ -249,35 +285,37 @@ async fn the_cutoff_is_the_databases_and_frozen() {
 
 #[tokio::test]
 async fn the_server_keeps_the_limits_too() {
-    let log = AuditTable::new().await;
-    log.start(1, "6 h").await;
-    log.run("CREATE TABLE seen (name text, value text)").await;
-    log.before_update(
-        "INSERT INTO seen SELECT name, setting FROM pg_settings WHERE name IN ('statement_timeout', 'lock_timeout', \
-         'idle_in_transaction_session_timeout', 'DateStyle', 'TimeZone', 'transaction_isolation');",
-    )
-    .await;
-    // Settings of the role that would change what the sweep reads.
-    let role = &log.database.user;
-    log.run(&format!(
-        "ALTER ROLE {role} SET DateStyle = 'SQL, DMY'; ALTER ROLE {role} SET TimeZone = 'Asia/Kolkata'; \
-         ALTER ROLE {role} SET default_transaction_isolation = 'serializable'; \
-         ALTER ROLE {role} SET default_transaction_read_only = on"
-    ))
-    .await;
-    let report = log.sweep(json!({ "statementTimeout": "1500ms" })).await;
-    assert_eq!((report.timed_out, report.end.err()), (1, None));
-    assert_eq!(
-        log.query("SELECT name, value FROM seen ORDER BY lower(name)").await,
-        [
-            "DateStyle|ISO, YMD",
-            "idle_in_transaction_session_timeout|10000",
-            "lock_timeout|750",
-            "statement_timeout|1500",
-            "TimeZone|UTC",
-            "transaction_isolation|read committed"
-        ]
-    );
+    // A row that the optimistic batch does not get is taken by the other kind.
+    let suppressed = "IF current_setting('lock_timeout') = '10ms' THEN RETURN NULL; END IF;";
+    for (before, lock, statement, fallbacks) in [("", 10, 250, 0), (suppressed, 750, 1500, 1)] {
+        let log = AuditTable::new().await;
+        log.start(1, "6 h").await;
+        log.run("CREATE TABLE seen (name text, value text)").await;
+        log.before_update(&format!(
+            "{before} INSERT INTO seen SELECT name, setting FROM pg_settings WHERE name IN ('statement_timeout', \
+             'lock_timeout', 'idle_in_transaction_session_timeout', 'DateStyle', 'TimeZone', 'transaction_isolation', \
+             'work_mem');"
+        ))
+        .await;
+        // Settings of the role that would change what the sweep reads, or the little that it may use.
+        let role = &log.database.user;
+        log.run(&format!(
+            "ALTER ROLE {role} SET DateStyle = 'SQL, DMY'; ALTER ROLE {role} SET TimeZone = 'Asia/Kolkata'; \
+             ALTER ROLE {role} SET default_transaction_isolation = 'serializable'; \
+             ALTER ROLE {role} SET default_transaction_read_only = on; ALTER ROLE {role} SET work_mem = '64MB'"
+        ))
+        .await;
+        let report = log.sweep(json!({ "statementTimeout": "1500ms" })).await;
+        assert_eq!((report.timed_out, report.fallback_batches, report.end.err()), (1, fallbacks, None));
+        let seen = log.query("SELECT name, value FROM seen ORDER BY lower(name)").await.join(" ");
+        assert_eq!(
+            seen,
+            format!(
+                "DateStyle|ISO, YMD idle_in_transaction_session_timeout|10000 lock_timeout|{lock} \
+                 statement_timeout|{statement} TimeZone|UTC transaction_isolation|read committed work_mem|65536"
+            )
+        );
+    }
 }
 
 #[tokio::test]
