@@ -226,7 +226,7 @@ pub fn batch(
     locking: Locking,
     limits: Limits,
 ) -> String {
-    format!("{}{}", begin(limits), update(plan, start, cursor, size, locking))
+    format!("{}{}", begin(limits, start.predicate), update(plan, start, cursor, size, locking))
 }
 
 /// Chooses and locks the next stale row, in a transaction that [`complete_one`] goes on with: the one way to learn
@@ -236,7 +236,7 @@ pub fn choose_one(plan: &Plan, start: &Start, cursor: Option<&Cursor>, statement
     format!(
         "{}SELECT {time_started}::pg_catalog.text, {id}::pg_catalog.text FROM \
            ({} LIMIT 1 FOR {lock} SKIP LOCKED) AS stale",
-        begin(Limits::of(statement_timeout)),
+        begin(Limits::of(statement_timeout), start.predicate),
         select(plan, start, cursor)
     )
 }
@@ -264,7 +264,7 @@ pub fn read_chosen(answer: &[SimpleQueryMessage]) -> Option<Cursor> {
 /// Asks for the plan of a batch: finds a missing table, column or right and an unfit value without touching a row.
 pub fn explain(plan: &Plan, start: &Start, locking: Locking, statement_timeout: Duration) -> String {
     let update = update(plan, start, None, plan.batch_size.min(plan.limit), locking);
-    format!("{}EXPLAIN (COSTS OFF) {update}; ROLLBACK", begin(Limits::of(statement_timeout)))
+    format!("{}EXPLAIN (COSTS OFF) {update}; ROLLBACK", begin(Limits::of(statement_timeout), start.predicate))
 }
 
 /// Asks for the plan of the application's own completion of a row by its key, whose type is given as SQL. Under the

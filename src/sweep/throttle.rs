@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Below this, the server counts as idle. The margin also covers peer transactions that are counted one batch early or late.
-const MIN_OTHER_TRANSACTIONS: i64 = 4;
+/// With fewer in a window, the server counts as idle. The margin also covers peer transactions that are counted one batch early or
+/// late.
+const MIN_OTHER_TRANSACTIONS: i64 = 20;
 
-/// The server counts as idle after this long with fewer transactions.
+/// So long transactions of others are counted.
 const ACTIVITY_WINDOW: Duration = Duration::from_secs(1);
 
 /// Rows of a batch that gives way. Measured (docs/design.md): the size matters to the slowest 1 % of requests, the pause
@@ -59,35 +60,43 @@ pub struct Throttle {
     yield_budget: Duration,
     /// The server's count of transactions, and that of this process's sweeps, at the last batch.
     last_observation: Option<(u64, u64)>,
-    /// Transactions of other clients in this window, and its start. None: the server is idle.
-    others: Option<(i64, Duration)>,
+    /// Transactions of other clients in this window, and its start.
+    window: (i64, Duration),
+    /// Whether there are enough in this window, or were in the last one.
+    busy: bool,
 }
 
 impl Throttle {
     /// Gives way for so long at most.
     pub const fn new(yield_budget: Duration) -> Self {
-        Self { yield_budget, last_observation: None, others: None }
+        Self { yield_budget, last_observation: None, window: (0, Duration::ZERO), busy: false }
     }
 
     /// Records what a batch observed: writing transactions that `ended` on the server, transactions that the sweeps of this
     /// process `started`, and the time since the start of the sweep.
     pub fn record(&mut self, ended: u64, started: u64, at: Duration) {
-        let Some(before) = self.last_observation.replace((ended, started)) else { return };
+        let Some(before) = self.last_observation.replace((ended, started)) else {
+            self.window = (0, at);
+            return;
+        };
         // The batch itself is still open; the last one has ended meanwhile.
         let own = signed(started.saturating_sub(before.1));
         let new = signed(ended.saturating_sub(before.0)).saturating_sub(own);
-        self.others = match self.others {
-            None => (new >= MIN_OTHER_TRANSACTIONS).then_some((0, at)),
-            Some((others, since)) if at.saturating_sub(since) < ACTIVITY_WINDOW => {
-                Some((others.saturating_add(new), since))
-            }
-            Some((others, _)) => (others.saturating_add(new) >= MIN_OTHER_TRANSACTIONS).then_some((0, at)),
-        };
+        let (others, since) = self.window;
+        let others = others.saturating_add(new);
+        let enough = others >= MIN_OTHER_TRANSACTIONS;
+        if at.saturating_sub(since) < ACTIVITY_WINDOW {
+            (self.window, self.busy) = ((others, since), self.busy || enough);
+        } else {
+            (self.window, self.busy) = ((0, at), enough);
+        }
     }
 
     /// The size limit of the next batch, which comes after a [`THROTTLE_PAUSE`]. None: no throttling.
     pub fn max_rows(&self, at: Duration) -> Option<i64> {
-        self.others.filter(|_| !self.yield_budget.is_zero())?;
+        if !self.busy || self.yield_budget.is_zero() {
+            return None;
+        }
         let step = (self.yield_budget / DOUBLINGS).max(Duration::from_millis(1));
         let steps = at.saturating_sub(self.yield_budget).as_millis().div_ceil(step.as_millis());
         let doublings = u32::try_from(steps).ok().filter(|doublings| *doublings < DOUBLINGS)?;
@@ -131,16 +140,27 @@ mod tests {
     }
 
     #[test]
+    fn few_transactions_a_second_are_noticed_too() {
+        for (every, noticed) in [(4, Some(79)), (6, None)] {
+            let mut throttle = Throttle::new(MINUTE);
+            let others: Vec<_> = (1..=300).map(|batch| u64::from(batch % every == 0)).collect();
+            play(&mut throttle, 0, &[500]);
+            let sizes = play(&mut throttle, 10, &others);
+            assert_eq!(sizes.iter().position(Option::is_some), noticed, "one in {every} batches of 10 ms");
+        }
+    }
+
+    #[test]
     fn it_gives_way_from_when_others_are_seen_until_they_are_gone_for_a_second() {
         let mut throttle = Throttle::new(MINUTE);
         // What came before the first batch tells nothing.
-        assert_eq!(play(&mut throttle, 0, &[500, 4]), [None, Some(THROTTLED_ROWS)]);
-        // Seen at 10 ms; the last of them is counted in the first second, and none in the next.
+        assert_eq!(play(&mut throttle, 0, &[500, 20]), [None, Some(THROTTLED_ROWS)]);
+        // The last of them is counted in the first second, and none in the next.
         let mut others = vec![0; 300];
         others[50] = 4;
         let sizes = play(&mut throttle, 20, &others);
         let back = sizes.iter().position(Option::is_none).unwrap();
-        assert_eq!(back, 199, "20 ms + 199 * 10 ms is 2 s after they were seen");
+        assert_eq!(back, 198, "20 ms + 198 * 10 ms is the end of the second window");
         assert!(sizes[back..].iter().all(Option::is_none));
     }
 

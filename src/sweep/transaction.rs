@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::open_index::OpenPredicate;
+
 /// Waiting for a lock longer than this is a schema change.
 pub const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -35,13 +37,19 @@ impl Limits {
     }
 }
 
-/// Begins a transaction that may write.
-pub fn begin(limits: Limits) -> String {
-    format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}SET CONSTRAINTS ALL IMMEDIATE; ", settings(limits))
+/// Begins a transaction that may write. Only the update beside the plain index is a join. Without need, no kind of join is
+/// switched off: triggers may need it.
+pub fn begin(limits: Limits, predicate: OpenPredicate) -> String {
+    let joins: &[_] = match predicate {
+        OpenPredicate::Private => &[],
+        OpenPredicate::Plain => &["enable_hashjoin", "enable_mergejoin"],
+    };
+    let settings = settings(limits, joins);
+    format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {settings}SET CONSTRAINTS ALL IMMEDIATE; ")
 }
 
 /// Local to the transaction: a pooler hands a session's settings on to the next client. One statement, since each costs.
-fn settings(limits: Limits) -> String {
+fn settings(limits: Limits, off: &[&str]) -> String {
     // Zero would switch a limit off.
     let millis = |limit: Duration| limit.as_millis().max(1).to_string();
     let limits = [
@@ -61,12 +69,11 @@ fn settings(limits: Limits) -> String {
         // prefers plans that cost a thousand times as much.
         ("enable_seqscan", "off"),
         ("enable_bitmapscan", "off"),
-        ("enable_hashjoin", "off"),
-        ("enable_mergejoin", "off"),
         ("enable_sort", "off"),
         ("enable_incremental_sort", "off"),
     ];
-    let settings = limits.iter().map(|(name, value)| (*name, value.as_str())).chain(fixed);
+    let off = off.iter().map(|name| (*name, "off"));
+    let settings = limits.iter().map(|(name, value)| (*name, value.as_str())).chain(fixed).chain(off);
     let settings: String = settings.map(|(name, value)| format!("('{name}', '{value}'), ")).collect();
     // The keys of a batch must fit into a hash table.
     let work_mem = "pg_catalog.concat(GREATEST(16384, pg_catalog.pg_size_bytes(pg_catalog.current_setting('work_mem')) \
@@ -92,6 +99,6 @@ pub fn trial(select: &str, statement_timeout: Duration) -> String {
 fn evaluate(select: &str, statement_timeout: Duration) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}{select}",
-        settings(Limits::of(statement_timeout))
+        settings(Limits::of(statement_timeout), &[])
     )
 }

@@ -16,19 +16,14 @@ const DELAY: Duration = Duration::from_millis(2);
 impl Bench<'_> {
     pub(super) async fn drain(&mut self) -> anyhow::Result<Samples> {
         let mut samples = Samples::default();
-        let mut subjects = vec![Subject::Ours, Subject::Unbounded, Subject::Original, Subject::PlainGuard];
+        let mut subjects = vec![Subject::Ours, Subject::Unbounded, Subject::Original];
         subjects.extend(self.means.psql.is_some().then_some(Subject::Shell));
         subjects.push(Subject::Procedure);
-        let slow = subjects.iter().filter(|subject| subject.is_slow()).count();
         let rounds = self.options.rounds;
         for layout in [Layout::Block, Layout::Interleaved] {
-            let runs = subjects.len() * rounds as usize - slow * rounds.saturating_sub(1) as usize;
-            let mut steps = Steps::new(layout.name(), runs);
+            let mut steps = Steps::new(layout.name(), subjects.len() * rounds as usize);
             for round in 0..rounds {
                 for subject in rotated(&subjects, round) {
-                    if subject.is_slow() && round > 0 {
-                        continue;
-                    }
                     steps.next(subject.name());
                     let copy = self.copy(layout).await?;
                     let (took, rows) = self.time(subject, &copy).await?;

@@ -76,11 +76,25 @@ async fn plan(log: &AuditTable, sql: &str) -> Vec<String> {
     lines.map(tidy).collect()
 }
 
+/// The next batch as EXPLAIN with these options.
+async fn explained(log: &AuditTable, locking: Locking, options: &str) -> String {
+    let (job, limit) = (log.job(json!({ "batchSize": 10_000, "limit": 10_000 })).plan, Duration::from_secs(60));
+    let answer = log.client.simple_query(&start::start(&job, limit)).await.unwrap();
+    let explain = statement::explain(&job, &start::read_start(&answer).unwrap(), locking, limit);
+    explain.replace("EXPLAIN (COSTS OFF)", &format!("EXPLAIN ({options})"))
+}
+
 /// The plan of the next batch.
 pub async fn batch_plan(log: &AuditTable, locking: Locking) -> Vec<String> {
-    let (job, limit) = (log.job(json!({ "batchSize": 10_000, "limit": 10_000 })).plan, Duration::from_secs(5));
-    let answer = log.client.simple_query(&start::start(&job, limit)).await.unwrap();
-    plan(log, &statement::explain(&job, &start::read_start(&answer).unwrap(), locking, limit)).await
+    plan(log, &explained(log, locking, "COSTS OFF").await).await
+}
+
+/// Buffers that the next batch reads. It is rolled back.
+async fn batch_buffers(log: &AuditTable, locking: Locking) -> u64 {
+    let plan = log.query(&explained(log, locking, "ANALYZE, BUFFERS, COSTS OFF, TIMING OFF").await).await;
+    let buffers = plan.iter().find_map(|line| line.trim().strip_prefix("Buffers: shared ")).unwrap();
+    let of = |kind: &str| buffers.split(' ').find_map(|part| part.strip_prefix(kind)).map_or(0, |n| n.parse().unwrap());
+    of("hit=") + of("read=")
 }
 
 const LOCKINGS: [Locking; 2] = [Locking::Optimistic, Locking::RowsFirst];
@@ -134,6 +148,59 @@ async fn a_batch_walks_either_index_whatever_the_statistics_and_other_indexes() 
             }
         }
     }
+}
+
+#[tokio::test]
+async fn statistics_from_before_the_backlog_cost_a_batch_nothing_however_many_partitions_there_are() {
+    for partitions in [1, 26, 200] {
+        let log = AuditTable::empty().await;
+        let days = format!("FOR day IN 0..{} LOOP", partitions - 1);
+        log.run(&format!(
+            "CREATE TABLE audit_log ({COLUMNS}, PRIMARY KEY (id, time_started)) PARTITION BY RANGE (time_started); \
+             CREATE INDEX by_start ON audit_log (time_started); CREATE INDEX by_end ON audit_log (time_completed); \
+             CREATE INDEX open ON audit_log (time_started, id) WHERE {PRIVATE}; \
+             DO $$ BEGIN {days} \
+               EXECUTE format('CREATE TABLE p%s PARTITION OF audit_log FOR VALUES FROM (%L) TO (%L) WITH (autovacuum_enabled = off)', \
+                 day, '2020-01-01'::date + day, '2020-01-02'::date + day); \
+             END LOOP; END $$; \
+             INSERT INTO audit_log SELECT gen_random_uuid(), '2020-01-01'::timestamptz + {partitions} * n * interval '14.4 s', '2021-01-01', 'success' \
+               FROM generate_series(0, 5999) AS n; \
+             ANALYZE audit_log; \
+             INSERT INTO audit_log SELECT gen_random_uuid(), '2020-01-01'::timestamptz + {partitions} * n * interval '4.32 s' \
+               FROM generate_series(0, 19999) AS n",
+        ))
+        .await;
+        let both = async || [batch_buffers(&log, LOCKINGS[0]).await, batch_buffers(&log, LOCKINGS[1]).await];
+        let before = both().await;
+        log.run("ANALYZE audit_log").await;
+        for (before, fresh) in before.into_iter().zip(both().await) {
+            assert!(
+                before * 2 <= fresh * 3 && fresh * 2 <= before * 3,
+                "{partitions} partitions: {before} and {fresh}"
+            );
+            // About ten for each of 10,000 rows.
+            assert!(before < 250_000, "{partitions} partitions: {before}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_settings_of_a_sweep_leave_triggers_their_hash_joins() {
+    let log = AuditTable::new().await;
+    log.start(1, "6 h").await;
+    log.run(
+        "CREATE TABLE one AS SELECT n, n % 7 AS m FROM generate_series(1, 20000) AS n; CREATE TABLE other AS SELECT * FROM one; \
+         ANALYZE one; ANALYZE other; CREATE TABLE plans (line text)",
+    )
+    .await;
+    let explain = "EXPLAIN (COSTS OFF) SELECT count(*) FROM one JOIN other USING (n)";
+    log.before_update(&format!(
+        "DECLARE line text; BEGIN FOR line IN EXECUTE '{explain}' LOOP INSERT INTO plans VALUES (line); END LOOP; END;"
+    ))
+    .await;
+    assert_eq!(log.sweep(json!({})).await.timed_out, 1);
+    let inside = log.query("SELECT string_agg(trim(line), ' ') FROM plans").await;
+    assert!(inside[0].contains("Hash Join") && log.query(explain).await.join(" ").contains("Hash Join"), "{inside:?}");
 }
 
 #[tokio::test]

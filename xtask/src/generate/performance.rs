@@ -71,8 +71,8 @@ a checkpoint, with 1 GB of shared buffers, fsync on and autovacuum off (but for 
 otherwise the statistics are those from before the backlog, as after a crash.
 
 The original is omicron's task ([comparison](compare.md)); its statement is `UPDATE ... WHERE id IN (SELECT id ... ORDER BY time_started, id LIMIT n)`, prepared. It may
-overwrite a completion; the unbounded one also holds up every request for its rows. The plain guard is the statement of the
-[design](design.md) without `IS TRUE` and its planner settings, joined by `id`; it is stopped after 60 s.
+overwrite a completion; the unbounded one also holds up every request for its rows. All of them state the predicate of the
+private index, so each uses the same index.
 
 Requests are made at half of what the server can do, and counted from when they were due, so that a stall is felt by all
 that should have begun meanwhile. They and the server share the machine's cores.
