@@ -5,6 +5,7 @@ mod blocks;
 mod commands;
 
 use std::fs;
+use std::path::Path;
 
 use audit_log_sweeper::api::Reason;
 use audit_log_sweeper::api::condition::ConditionType;
@@ -99,9 +100,44 @@ fn the_oldest_kubernetes_that_is_promised_is_the_one_that_is_tested() {
 }
 
 #[test]
+fn the_tests_of_the_threat_model_are_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders = vec![root.join("tests/it"), root.join("src")];
+    let mut tests = String::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => tests.push_str(&fs::read_to_string(&path).unwrap_or_default()),
+            }
+        }
+    }
+    let text = document("threat-model.md");
+    let named = text.lines().filter_map(|line| line.strip_suffix("` |")).filter_map(|line| line.rsplit_once('`'));
+    let named: Vec<&str> = named.map(|(_, name)| name).collect();
+    assert!(named.len() > 20, "{named:?}");
+    for name in named {
+        assert!(
+            tests.contains(&format!("fn {name}()")),
+            "the threat model names the test {name}, which does not exist"
+        );
+    }
+}
+
+#[test]
 fn documents_link_to_files_that_are_there() {
     let root = env!("CARGO_MANIFEST_DIR");
-    let files = ["operating.md", "sql-contract.md", "design.md", "compare.md", "api.md", "../README.md"];
+    let files = [
+        "using.md",
+        "threat-model.md",
+        "operating.md",
+        "sql-contract.md",
+        "design.md",
+        "compare.md",
+        "api.md",
+        "../README.md",
+    ];
     for name in files {
         let text = document(name);
         let links = text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(link, _)| link);

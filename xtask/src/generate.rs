@@ -3,6 +3,7 @@
 mod api;
 mod chart;
 mod performance;
+mod plots;
 mod reasons;
 mod screens;
 
@@ -28,10 +29,13 @@ pub fn run(check: bool) -> anyhow::Result<()> {
     // Of the chart as it is now written, its CRD included.
     stale |= settle(chart::INSTALL, &chart::install()?, check)?;
     stale |= settle(chart::ROLES, &chart::roles()?, check)?;
-    stale |= settle(screens::README, &screens::readme(&program)?, check)?;
+    stale |= settle(screens::DOCUMENT, &screens::document(&program)?, check)?;
     stale |= settle(reasons::DOCUMENT, &reasons::document(&program)?, check)?;
     if let Some(document) = performance::document()? {
         stale |= settle(performance::DOCUMENT, &document, check)?;
+    }
+    for (file, plot) in plots::files()? {
+        stale |= settle(file, &plot, check)?;
     }
     if stale {
         bail!("files differ from what they are made from: run `cargo xtask generate`");

@@ -40,7 +40,7 @@ enum Task {
         arguments: Vec<String>,
     },
     /// Write the files that are made from others: the CRD, the chart's README, the manifest to install without Helm, the
-    /// screens in the README
+    /// screens in docs/using.md
     Generate {
         /// Write nothing; fail if a file is not up to date
         #[arg(long)]

@@ -210,8 +210,15 @@ async fn run(desk: &mut Desk, files: &[&str]) {
 #[tokio::test]
 async fn every_command_of_the_documents_runs() {
     let mut desk = Desk::new().await;
-    let documents =
-        ["README.md", "docs/operating.md", "docs/sql-contract.md", "docs/design.md", "docs/compare.md", "docs/api.md"];
+    let documents = [
+        "README.md",
+        "docs/using.md",
+        "docs/operating.md",
+        "docs/sql-contract.md",
+        "docs/design.md",
+        "docs/compare.md",
+        "docs/api.md",
+    ];
     run(&mut desk, &documents).await;
 }
 

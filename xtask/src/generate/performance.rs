@@ -46,6 +46,12 @@ $ cargo xtask bench controller --afresh --output docs/performance/controller.jso
 const HEAD: &str = "\
 # Performance
 
+For those who ask what a sweep costs, and how it compares.
+
+![Rows completed per second by each way](performance/drain.svg)
+
+![Requests per second of the application beside each index](performance/index.svg)
+
 What was measured, on one machine, in the same run as what stands against it. Made from
 [`docs/performance`](performance) by `cargo xtask generate`; every single run is in those files. To measure again, on a
 machine that does nothing else:
