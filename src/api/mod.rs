@@ -11,6 +11,8 @@ pub mod status;
 pub mod sweeper;
 pub mod validate;
 
+use std::fmt::Display;
+
 pub use condition::{Condition, ConditionType, ConditionUpdate};
 pub use duration::Duration;
 pub use reason::{Class, Failure, Reason, Stage};
@@ -27,9 +29,29 @@ pub fn cut(text: &str, max: usize) -> &str {
     text.get(..text.floor_char_boundary(max)).unwrap_or_default()
 }
 
+/// A count and what is counted: "1 row", "2 rows", ">1000 rows".
+pub fn counted(count: impl Display, noun: &str) -> String {
+    let count = count.to_string();
+    let plural = if count == "1" { "" } else { "s" };
+    format!("{count} {noun}{plural}")
+}
+
+/// The same with a verb: "1 stale row is left".
+pub fn left(count: impl Display) -> String {
+    let stale = counted(count, "stale row");
+    let are = if stale.ends_with('s') { "are" } else { "is" };
+    format!("{stale} {are} left")
+}
+
 #[cfg(test)]
 mod tests {
-    use super::cut;
+    use super::{counted, cut, left};
+
+    #[test]
+    fn one_is_not_many() {
+        let said = [counted(0, "row"), counted(1, "row"), left("1"), left(">1")];
+        assert_eq!(said, ["0 rows", "1 row", "1 stale row is left", ">1 stale rows are left"]);
+    }
 
     #[test]
     fn cut_keeps_whole_characters() {

@@ -32,7 +32,7 @@ pub fn log(sweeper: &Sweeper, report: &Report) {
             "sweep failed"
         );
     } else if timed_out > 0 {
-        warn!(namespace, name, cutoff, limit, timed_out, duration_ms, batches, small_batches, fallback_batches, outcome = ?report.outcome(), "rows timed out: their requests never completed them, which may mean crashes upstream");
+        warn!(namespace, name, cutoff, limit, timed_out, duration_ms, batches, small_batches, fallback_batches, outcome = ?report.outcome(), "rows timed out: no request completed them, which may mean crashes upstream");
     } else {
         debug!(namespace, name, cutoff, limit, timed_out, duration_ms, "nothing to time out");
     }

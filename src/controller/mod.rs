@@ -33,7 +33,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::events::Reporter;
 use kube::runtime::reflector::Store;
 use kube::{Client, Config, ResourceExt};
 use rustls::RootCertStore;
@@ -118,7 +118,7 @@ pub struct Context {
     connections: FairSlots,
     /// Bounds how many objects are prepared at once. Waiting objects hold only their key, so 10,000 due objects stay small.
     prepare_slots: Semaphore,
-    recorder: Recorder,
+    reporter: Reporter,
     leadership: Leadership,
     /// What the watches have seen.
     stores: Arc<lifecycle::Stores>,
@@ -173,7 +173,6 @@ pub async fn run(
     let reporter =
         Reporter { controller: "auditlog.dev/audit-log-sweeper".into(), instance: settings.instance.clone() };
     let client = clients.requests;
-    let recorder = Recorder::new(client.clone(), reporter);
     let server = ApiServer::new(client, metrics.instruments.clone(), readiness.clone());
     let stores: Arc<lifecycle::Stores> = scopes.iter().map(Scope::store).collect();
     let context = Arc::new(Context {
@@ -185,7 +184,7 @@ pub async fn run(
         breakers: Breakers::default(),
         connections: FairSlots::new(MAX_CONNECTIONS),
         prepare_slots: Semaphore::new(client::REQUEST_SLOTS),
-        recorder,
+        reporter,
         leadership,
         stores,
         running,

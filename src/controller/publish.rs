@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, DynamicObject, Patch, PatchParams, ValidationDirective};
 use kube::core::error_boundary::InvalidObject;
-use kube::runtime::events::{Event as KubeEvent, EventType, Recorder};
+use kube::runtime::events::{Event as KubeEvent, EventType, Recorder, Reporter};
 use kube::{Api, Resource};
 use serde_json::json;
 use tokio::time::sleep;
@@ -74,8 +74,8 @@ pub async fn publish(context: &Context, result: Arc<AttemptResult>) -> Result<()
         }
     });
     if let Some(Published { events, .. }) = published.filter(|published| !published.events.is_empty()) {
-        let (server, recorder) = (context.server.clone(), context.recorder.clone());
-        let sending = async move { publish_events(&server, &recorder, &result.sweeper, &events).await };
+        let (server, reporter) = (context.server.clone(), context.reporter.clone());
+        let sending = async move { publish_events(&server, &reporter, &result.sweeper, &events).await };
         // During shutdown, events go on in the background while the Lease is released.
         context.stop.run_until_cancelled(context.events.spawn(sending)).await;
     }
@@ -155,9 +155,11 @@ async fn write_or_reduce(server: &ApiServer, meta: &ObjectMeta, new: &AuditLogSw
     }
 }
 
-/// Tells what happened, by events. Best effort: nothing waits for them, and the status has it all.
-async fn publish_events(server: &ApiServer, recorder: &Recorder, sweeper: &Sweeper, events: &[Event]) {
+/// Publishes events. Best effort: nothing waits for them, and the status has it all.
+async fn publish_events(server: &ApiServer, reporter: &Reporter, sweeper: &Sweeper, events: &[Event]) {
     for event in events {
+        // A recorder counts events with one reason as one and shows the first text alone. So each event has its own.
+        let recorder = Recorder::new(server.client.clone(), reporter.clone());
         let kube_event = KubeEvent {
             type_: if event.warning { EventType::Warning } else { EventType::Normal },
             reason: event.reason.into(),

@@ -86,7 +86,7 @@ async fn status_shows_one_and_all_and_sweep_now_waits_for_the_end() {
     let (code, out, err) = operator.sweeper(&["sweep-now", "als/app", "--wait"]).await;
     assert_eq!((code, log.timed_out().await), (0, vec![1, 2]), "{out}{err}");
     let swept = format!(
-        "swept app in namespace {}: completed 2 rows, stopped at the limit; 1 stale rows are left\n",
+        "swept app in namespace {}: completed 2 rows, stopped at the limit; 1 stale row is left\n",
         operator.namespace
     );
     assert_eq!(out, swept);

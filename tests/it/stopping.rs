@@ -133,7 +133,7 @@ async fn rows_that_cannot_be_counted_are_named_and_make_the_end_a_failure() {
         "{errors:#?}"
     );
     let said = errors[1]["error"].as_str().unwrap();
-    assert_eq!(said, "rows of 1 objects are swept and not counted in their status; the log names them");
+    assert_eq!(said, "rows of 1 object are swept and not counted in the status; the log names them");
 }
 
 #[tokio::test]

@@ -58,7 +58,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 # Best effort: sweeps go on without it.
 - apiGroups: [events.k8s.io]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create]
 {{- end -}}
 
 {{/* The paths of the fields that the schema "installed" has and the schema "ours" has not, each with a blank before it. */}}

@@ -8,6 +8,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::api::counted;
 use crate::controller::shutdown::{SHUTDOWN, ShutdownReport};
 
 /// The controller keeps its own time at the end; so long after that it is taken for stuck.
@@ -68,10 +69,8 @@ impl Tasks {
         }
         drop(timeout(left(), stopped.events.wait()).await);
         if stopped.uncounted > 0 {
-            bail!(
-                "rows of {} objects are swept and not counted in their status; the log names them",
-                stopped.uncounted
-            );
+            let objects = counted(stopped.uncounted, "object");
+            bail!("rows of {objects} are swept and not counted in the status; the log names them");
         }
         Ok(())
     }
@@ -184,7 +183,7 @@ mod tests {
             ),
             (
                 ends_with(ShutdownReport { uncounted: 1, ..ShutdownReport::default() }),
-                "rows of 1 objects are swept and not counted",
+                "rows of 1 object are swept and not counted",
                 true,
             ),
             (tokio::spawn(std::future::pending()), "the controller did not end within 4.5s of the signal", false),

@@ -8,7 +8,7 @@ use crate::api::status::{
     AuditLogSweeperStatus, HistoryEntry, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger, Unsweepable,
     remember, whole_seconds,
 };
-use crate::api::{Class, Failure, Reason, Sweeper};
+use crate::api::{Class, Failure, Reason, Sweeper, counted, left};
 use crate::controller::model::SweepAttempt;
 use crate::schedule::SILENCE_RETRY;
 use crate::sweep::Report;
@@ -164,20 +164,24 @@ impl SweepAttempt {
 /// A sweep that went well in one line.
 fn summary(report: &Report, sweep: &LastSweep, refused: i64) -> String {
     let backlog = report.backlog.as_ref().filter(|backlog| backlog.remaining > 0);
-    let left = backlog.map_or_else(String::new, |backlog| format!("; {} stale rows are left", backlog.display));
+    let backlog_left = backlog.map_or_else(String::new, |backlog| format!("; {}", left(&backlog.display)));
     let refused = match (refused, &report.refused_why) {
         (0, _) => String::new(),
-        (rows, None) => format!("; {rows} rows were refused, see status.unsweepable and status.lastError"),
-        (rows, Some(why)) => format!("; {rows} rows were refused, see status.unsweepable. The first: {why}"),
+        (rows, None) => {
+            format!("; the database refused {}, see status.unsweepable and status.lastError", counted(rows, "row"))
+        }
+        (rows, Some(why)) => {
+            format!("; the database refused {}, see status.unsweepable. The first: {why}", counted(rows, "row"))
+        }
     };
     let ended = match sweep.outcome {
-        Outcome::Observed => return format!("changed nothing, as spec.mode says{left}{refused}"),
+        Outcome::Observed => return format!("changed nothing, as spec.mode says{backlog_left}{refused}"),
         Outcome::LimitReached => "stopped at the limit",
         Outcome::DeadlineReached => "stopped at the deadline",
         Outcome::Drained | Outcome::Failed | Outcome::Stopped if backlog.is_some() => "looked at every stale row",
         Outcome::Drained | Outcome::Failed | Outcome::Stopped => "no stale row is left",
     };
-    format!("completed {} rows, {ended}{left}{refused}", sweep.timed_out)
+    format!("completed {}, {ended}{backlog_left}{refused}", counted(sweep.timed_out, "row"))
 }
 
 /// What the database refused in the sweep, `before` being what it refused its earlier attempts.

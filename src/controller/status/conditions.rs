@@ -5,7 +5,7 @@ use chrono::TimeDelta;
 use crate::api::condition::{self, Condition, ConditionType, ConditionUpdate};
 use crate::api::spec::Mode;
 use crate::api::status::{Backlog, whole_seconds};
-use crate::api::{AuditLogSweeperSpec, Failure, Reason, Stage};
+use crate::api::{AuditLogSweeperSpec, Failure, Reason, Stage, counted, left};
 use crate::preflight::{PreflightReport, Severity};
 use crate::sweep::Report;
 
@@ -16,7 +16,7 @@ pub(super) fn failed(failure: &Failure, stalled: bool, times: i32, old: &[Condit
     let progress = if stalled {
         ConditionUpdate::new(Stalled, true, failure.reason, &failure.message)
     } else {
-        let message = format!("failed {} times in a row; trying again", times);
+        let message = format!("failed {} in a row; trying again", counted(times, "time"));
         ConditionUpdate::new(Reconciling, true, Reason::Retrying, message)
     };
     let reachable = match failure.reason.stage() {
@@ -141,7 +141,8 @@ pub(super) fn bounded(spec: &AuditLogSweeperSpec, report: &Report, refused: i64)
             false,
             Reason::FallingBehind,
             format!(
-                "{display} stale rows are left, the oldest started {}, longer ago than timeout + 2 * period; {advice}",
+                "{}, the oldest started {}, longer ago than timeout + 2 * period; {advice}",
+                left(display),
                 whole_seconds(*oldest).format("%Y-%m-%dT%H:%M:%SZ")
             ),
         ),
@@ -149,7 +150,7 @@ pub(super) fn bounded(spec: &AuditLogSweeperSpec, report: &Report, refused: i64)
             type_,
             false,
             Reason::FallingBehind,
-            format!("{display} stale rows are left, the oldest with a start time that no calendar has"),
+            format!("{}, the oldest with an out-of-range start time (such as -infinity)", left(display)),
         ),
         _ => ConditionUpdate::new(type_, true, Reason::WithinBound, "no stale row is older than timeout + 2 * period"),
     }

@@ -3,7 +3,7 @@
 
 use crate::api::condition::{self, ConditionType};
 use crate::api::status::{AuditLogSweeperStatus, Outcome, Unsweepable};
-use crate::api::{cut, status::MAX_MESSAGE};
+use crate::api::{counted, cut, left, status::MAX_MESSAGE};
 use crate::controller::model::{AttemptResult, Done};
 
 /// An event, as `kubectl describe` shows it.
@@ -42,7 +42,6 @@ impl Event {
 pub fn events(result: &AttemptResult, old: &AuditLogSweeperStatus, new: &AuditLogSweeperStatus) -> Vec<Event> {
     let mut events = vec![];
     if new.last_handled_request != old.last_handled_request {
-        // Of two events that differ in their note alone, only the first note is shown.
         events.push(match result.done {
             Done::Suspended => {
                 let note = "a sweep was requested; it does not run, since spec.suspend is true";
@@ -74,7 +73,7 @@ pub fn events(result: &AttemptResult, old: &AuditLogSweeperStatus, new: &AuditLo
         }
     }
     if old.consecutive_failures > 0 && new.consecutive_failures == 0 {
-        let note = format!("went well after {} failures", old.consecutive_failures);
+        let note = format!("went well after {}", counted(old.consecutive_failures, "failure"));
         events.push(Event::new(false, "Recovered", "Sweep", note));
     }
     events
@@ -85,15 +84,18 @@ fn of_sweep(timed_out: i64, old: &AuditLogSweeperStatus, new: &AuditLogSweeperSt
     let mut events = vec![];
     if timed_out > 0 {
         let note = format!(
-            "completed {timed_out} rows as timed out: their requests never completed them, which may mean crashes \
-                 upstream"
+            "completed {} as timed out: no request completed them, which may mean crashes upstream",
+            counted(timed_out, "row")
         );
         events.push(Event::new(true, "RowsTimedOut", "Sweep", note));
     }
     let outcome = |status: &AuditLogSweeperStatus| status.last_sweep.as_ref().map(|sweep| sweep.outcome);
     if outcome(new) == Some(Outcome::LimitReached) && outcome(old) != Some(Outcome::LimitReached) {
-        let left = new.backlog.as_ref().map_or("an unknown number of", |backlog| backlog.display.as_str());
-        let note = format!("the sweep stopped at spec.limit; {left} stale rows wait for the next ones");
+        let left = new
+            .backlog
+            .as_ref()
+            .map_or("it is not known how many stale rows are left".into(), |backlog| left(&backlog.display));
+        let note = format!("the sweep stopped at spec.limit; {left}");
         events.push(Event::new(false, "LimitReached", "Sweep", note));
     }
     // Where the next sweep begins changes with every one, and is no news.
@@ -103,7 +105,7 @@ fn of_sweep(timed_out: i64, old: &AuditLogSweeperStatus, new: &AuditLogSweeperSt
     };
     if let Some(Unsweepable { count, ids, .. }) = refused(new).filter(|now| refused(old).as_ref() != Some(now)) {
         let which = if ids.is_empty() { String::new() } else { format!(": {}", ids.join(", ")) };
-        let note = format!("the database refuses to complete {count} rows{which}; see status.unsweepable");
+        let note = format!("the database refuses to complete {}{which}; see status.unsweepable", counted(count, "row"));
         events.push(Event::new(true, "UnsweepableRow", "Sweep", note));
     }
     events

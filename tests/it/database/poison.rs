@@ -202,7 +202,7 @@ async fn the_status_names_refused_rows_and_the_sweep_stays_ready() {
     assert_eq!(status["unsweepable"], json!({ "count": 1, "ids": [id(2)] }));
     assert!(has(&status, "Ready=True/Swept"), "{status:#}");
     let message = status["conditions"][0]["message"].as_str().unwrap();
-    assert!(message.contains("1 rows were refused") && message.contains("SQLSTATE P0001"), "{message}");
+    assert!(message.contains("the database refused 1 row,") && message.contains("SQLSTATE P0001"), "{message}");
     let skew = status["clockSkewMilliseconds"].as_i64().unwrap();
     assert!(skew.abs() < 1000, "one machine, one clock: {skew}");
 }
@@ -220,7 +220,10 @@ async fn a_retry_behind_refused_rows_forgets_none_of_them() {
     assert_eq!(status["unsweepable"], json!({ "count": 8, "ids": (1..=8).map(id).collect::<Vec<_>>() }));
     assert!(has(&status, "Ready=True/Swept") && has(&status, "BacklogBounded=False/FallingBehind"), "{status:#}");
     let messages = status["conditions"].to_string();
-    assert!(messages.contains("8 rows were refused") && messages.contains("see status.unsweepable\""), "{messages}");
+    assert!(
+        messages.contains("the database refused 8 rows") && messages.contains("see status.unsweepable\""),
+        "{messages}"
+    );
 }
 
 #[tokio::test]
