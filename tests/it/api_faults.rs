@@ -39,7 +39,7 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
     // For its own API server and etcd, which it stops.
     let DedicatedControlPlane { mut plane, client, namespace, scratch, config } = DedicatedControlPlane::new().await;
     let mut process = replica("a", &config, &scratch, &namespace, &[]);
-    let log = AuditTable::held(2, 40).await;
+    let log = AuditTable::held(2, 10).await;
     secret(&client, &namespace, &log).await;
     let objects: Api<AuditLogSweeper> = Api::namespaced(client.clone(), &namespace);
     objects.create(&PostParams::default(), &object("app", json!({ "batchSize": 1, "period": "1h" }))).await.unwrap();
@@ -47,7 +47,7 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
     plane.stop_api_server();
     log.release().await;
     // It ends while nobody can be told.
-    log.until_swept(40).await;
+    log.until_swept(10).await;
     eventually("the end of the session", WAIT_TIMEOUT, async || {
         let sessions = log.sweeping_sessions().await;
         if sessions.is_empty() { Ok(()) } else { Err(format!("{sessions:?}")) }
@@ -63,7 +63,7 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
         .await
     };
     let status = until("the counts", 1).await;
-    assert_eq!((&status["totals"]["timedOut"], log.trail().await.len()), (&json!(40), 1));
+    assert_eq!((&status["totals"]["timedOut"], log.trail().await.len()), (&json!(10), 1));
     assert!(has(&status, "Ready=True/Swept"), "{status:#}");
 
     plane.restart_etcd().await.unwrap();
@@ -71,7 +71,7 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
     log.run(
         "INSERT INTO audit_log (id, time_started, request_id, request_uri, operation_id, source_ip, actor_kind) \
              SELECT ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid, now() - interval '5 h', \
-               'r', '/v1', 'op', '::1', 'unauthenticated' FROM generate_series(41, 80) AS n",
+               'r', '/v1', 'op', '::1', 'unauthenticated' FROM generate_series(11, 20) AS n",
     )
     .await;
     eventually("the object to be changed", WAIT_TIMEOUT, async || {
@@ -80,13 +80,13 @@ async fn counts_arrive_after_an_outage_and_nothing_is_swept_twice() {
         patched.map_err(|error| error.to_string())
     })
     .await;
-    log.until_swept(42).await;
+    log.until_swept(12).await;
     plane.restart_etcd().await.unwrap();
-    log.until_swept(80).await;
+    log.until_swept(20).await;
     eventually("the counts", Duration::from_secs(40), async || {
         let object = objects.get("app").await.map_err(|error| error.to_string())?;
         let status = json!(object.status);
-        if status["totals"]["timedOut"] == json!(80) { Ok(()) } else { Err(format!("{status:#}")) }
+        if status["totals"]["timedOut"] == json!(20) { Ok(()) } else { Err(format!("{status:#}")) }
     })
     .await;
     assert_one_swept_at_a_time(&log.trail().await);
