@@ -149,7 +149,7 @@ async fn ask_start(session: &Session, plan: &Plan) -> Result<Start, Error> {
 /// The server's plan for the batch that a sweep would run now, a line each.
 async fn batch_steps(session: &Session, plan: &Plan) -> Result<(Start, Vec<String>), Error> {
     let start = ask_start(session, plan).await?;
-    let answer = ask_plan(session, &statement::explain(plan, &start, Locking::RowsFirst, timeout(plan))).await?;
+    let answer = ask_plan(session, &statement::explain(plan, &start, Locking::Pessimistic, timeout(plan))).await?;
     Ok((start, lines(&answer)))
 }
 

@@ -99,9 +99,9 @@ impl BatchPlanner {
         }
     }
 
-    /// After one optimistic batch was taken back, the rest of the sweep locks rows first: what is taken back leaves dead rows.
+    /// After one optimistic batch was rolled back, the rest of the sweep locks rows first: each rollback leaves dead rows.
     pub const fn lock_rows_first(&mut self) {
-        self.locking = Locking::RowsFirst;
+        self.locking = Locking::Pessimistic;
     }
 
     /// Returns the next batch, `at` being the time since the start of the sweep and `left` what is left of the limit. With

@@ -184,7 +184,7 @@ async fn sweep_with(
 /// Has the server plan the statement of a batch.
 async fn explain(session: &Session, plan: &Plan, start: &Start) -> Result<(), Error> {
     let limit = plan.statement_timeout.min(EXPLAIN_TIMEOUT);
-    let sql = statement::explain(plan, start, Locking::RowsFirst, limit);
+    let sql = statement::explain(plan, start, Locking::Pessimistic, limit);
     let planned = session.query(Step::Preflight, &sql, limit + RESPONSE_GRACE).await;
     if planned.is_err() {
         session.rollback().await;
@@ -212,7 +212,7 @@ enum BatchAttempt {
     /// The sweep is over.
     Early(Ended),
     /// It was optimistic and not exact: nothing of it is left.
-    TakenBack,
+    RolledBack,
     /// The server refused this row.
     Refused { row: Cursor, error: Error },
 }

@@ -7,7 +7,7 @@ use tokio_postgres::SimpleQueryMessage;
 
 use super::open_index::{EQUALS, INDEX_ORDERED, INDEX_PENDING, NOT_DETACHING, OpenPredicate};
 use super::plan::{Names, Plan, literal};
-use super::transaction::read_only;
+use super::transaction::{plan_triggers_as_usual, read_only};
 use crate::database::session::{last_row, text};
 
 /// Times in a form that neither DateStyle nor TimeZone changes.
@@ -58,7 +58,8 @@ impl TimeColumn {
         Self { local: is_local == Some("t"), digits }
     }
 
-    /// The present time as the column keeps it, never later than the clock: the server rounds to the nearest.
+    /// The present time as the column keeps it, never later than the clock: the server rounds to the nearest. Evaluated once, before
+    /// the first row is updated.
     pub fn now(self, plan: &Plan) -> String {
         let mut now = "pg_catalog.clock_timestamp()".to_owned();
         if self.local {
@@ -68,7 +69,7 @@ impl TimeColumn {
             let half = 0.5 / 10_f64.powi(i32::try_from(digits).unwrap_or_default());
             now = format!("({now}) OPERATOR(pg_catalog.-) '{half} seconds'::pg_catalog.interval");
         }
-        format!("(SELECT {now})")
+        format!("(SELECT {now} FROM {})", plan_triggers_as_usual())
     }
 
     /// A time of the column in UTC, without a zone.

@@ -112,7 +112,7 @@ pub enum Locking {
     /// counts only if it completed all the rows that were selected.
     Optimistic,
     /// Rows are locked as they are selected. A row that is in use is skipped.
-    RowsFirst,
+    Pessimistic,
 }
 
 /// The condition for stale rows beyond the cursor.
@@ -178,7 +178,7 @@ fn selected(plan: &Plan, start: &Start, stale: &str, locking: Locking) -> String
     };
     let locked = match locking {
         Locking::Optimistic => String::new(),
-        Locking::RowsFirst => format!(
+        Locking::Pessimistic => format!(
             " AND ((t.{time_started}, t.{id}) {EQUALS} ANY (SELECT stale.{time_started}, stale.{id} FROM stale)) IS TRUE"
         ),
     };
@@ -199,7 +199,7 @@ fn update(plan: &Plan, start: &Start, cursor: Option<&Cursor>, size: i64, lockin
     let selected = selected(plan, start, &stale(plan, start, cursor), locking);
     let lock = match locking {
         Locking::Optimistic => String::new(),
-        Locking::RowsFirst => format!(" FOR {} SKIP LOCKED", start.lock),
+        Locking::Pessimistic => format!(" FOR {} SKIP LOCKED", start.lock),
     };
     format!(
         "WITH stale AS MATERIALIZED ({select} LIMIT {size}{lock}), \
@@ -226,7 +226,7 @@ pub fn batch(
     locking: Locking,
     limits: Limits,
 ) -> String {
-    format!("{}{}", begin(limits, start.predicate), update(plan, start, cursor, size, locking))
+    format!("{}{}", begin(limits), update(plan, start, cursor, size, locking))
 }
 
 /// Chooses and locks the next stale row, in a transaction that [`complete_one`] goes on with: the one way to learn
@@ -236,7 +236,7 @@ pub fn choose_one(plan: &Plan, start: &Start, cursor: Option<&Cursor>, statement
     format!(
         "{}SELECT {time_started}::pg_catalog.text, {id}::pg_catalog.text FROM \
            ({} LIMIT 1 FOR {lock} SKIP LOCKED) AS stale",
-        begin(Limits::of(statement_timeout), start.predicate),
+        begin(Limits::of(statement_timeout)),
         select(plan, start, cursor)
     )
 }
@@ -264,7 +264,7 @@ pub fn read_chosen(answer: &[SimpleQueryMessage]) -> Option<Cursor> {
 /// Asks for the plan of a batch: finds a missing table, column or right and an unfit value without touching a row.
 pub fn explain(plan: &Plan, start: &Start, locking: Locking, statement_timeout: Duration) -> String {
     let update = update(plan, start, None, plan.batch_size.min(plan.limit), locking);
-    format!("{}EXPLAIN (COSTS OFF) {update}; ROLLBACK", begin(Limits::of(statement_timeout), start.predicate))
+    format!("{}EXPLAIN (COSTS OFF) {update}; ROLLBACK", begin(Limits::of(statement_timeout)))
 }
 
 /// Asks for the plan of the application's own completion of a row by its key, whose type is given as SQL. Under the

@@ -2,13 +2,11 @@
 
 use std::time::Duration;
 
-use super::open_index::OpenPredicate;
-
 /// Waiting for a lock longer than this is a schema change.
 pub const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The limits of a transaction that may make others wait: of a statement, and of a lock.
-const UNNOTICED: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(10));
+/// At most these: of a statement, and of a lock.
+const OPTIMISTIC_LIMITS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(10));
 
 /// A client that was stopped or cut off must not hold its row locks for long.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,25 +29,44 @@ impl Limits {
         Self { statement, lock: LOCK_TIMEOUT.min(statement / 2) }
     }
 
-    /// The same, but so short that nobody notices whom the transaction made wait.
-    pub fn unnoticed(self) -> Self {
-        Self { statement: self.statement.min(UNNOTICED.0), lock: self.lock.min(UNNOTICED.1) }
+    /// Limits of an optimistic batch, which waits for rows in use. They are so short that nobody notices the rows that it holds
+    /// meanwhile.
+    pub fn optimistic(statement: Duration) -> Self {
+        let Self { statement, lock } = Self::of(statement);
+        Self { statement: statement.min(OPTIMISTIC_LIMITS.0), lock: lock.min(OPTIMISTIC_LIMITS.1) }
     }
 }
 
-/// Begins a transaction that may write. Only the update beside the plain index is a join. Without need, no kind of join is
-/// switched off: triggers may need it.
-pub fn begin(limits: Limits, predicate: OpenPredicate) -> String {
-    let joins: &[_] = match predicate {
-        OpenPredicate::Private => &[],
-        OpenPredicate::Plain => &["enable_hashjoin", "enable_mergejoin"],
-    };
-    let settings = settings(limits, joins);
-    format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {settings}SET CONSTRAINTS ALL IMMEDIATE; ")
+/// Settings of the planner, while it plans a statement of a sweep and while triggers run.
+///
+/// The one good plan walks the partial index in order. With statistics from before a backlog, or none, the planner prefers
+/// plans that cost a thousand times as much. A trigger may need any plan. One that runs once for each statement runs
+/// before [`plan_triggers_as_usual`]; its plans are not kept, so none of them outlives these settings.
+const PLANNER: [(&str, &str, &str); 7] = [
+    ("enable_seqscan", "off", "on"),
+    ("enable_bitmapscan", "off", "on"),
+    ("enable_hashjoin", "off", "on"),
+    ("enable_mergejoin", "off", "on"),
+    ("enable_sort", "off", "on"),
+    ("enable_incremental_sort", "off", "on"),
+    ("plan_cache_mode", "force_custom_plan", "auto"),
+];
+
+/// A row as a source of an expression of the statement: as that is evaluated, the statement is planned, and what is planned
+/// from then on is planned as usual.
+pub fn plan_triggers_as_usual() -> String {
+    let values = PLANNER.map(|(name, _, usual)| format!("('{name}', '{usual}')"));
+    format!("({}) AS settings", set(&values))
 }
 
-/// Local to the transaction: a pooler hands a session's settings on to the next client. One statement, since each costs.
-fn settings(limits: Limits, off: &[&str]) -> String {
+/// Begins a transaction that may write.
+pub fn begin(limits: Limits) -> String {
+    let settings = settings(limits);
+    format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {settings}; SET CONSTRAINTS ALL IMMEDIATE; ")
+}
+
+/// One statement, since each costs.
+fn settings(limits: Limits) -> String {
     // Zero would switch a limit off.
     let millis = |limit: Duration| limit.as_millis().max(1).to_string();
     let limits = [
@@ -62,25 +79,23 @@ fn settings(limits: Limits, off: &[&str]) -> String {
         ("DateStyle", "ISO, YMD"),
         ("TimeZone", "UTC"),
         ("client_min_messages", "error"),
-        // Also the plans that triggers make are not kept, so none of them outlives these settings.
-        ("plan_cache_mode", "force_custom_plan"),
         ("jit", "off"),
-        // The one good plan walks the partial index in order. With statistics from before a backlog, or none, the planner
-        // prefers plans that cost a thousand times as much.
-        ("enable_seqscan", "off"),
-        ("enable_bitmapscan", "off"),
-        ("enable_sort", "off"),
-        ("enable_incremental_sort", "off"),
     ];
-    let off = off.iter().map(|name| (*name, "off"));
-    let settings = limits.iter().map(|(name, value)| (*name, value.as_str())).chain(fixed).chain(off);
-    let settings: String = settings.map(|(name, value)| format!("('{name}', '{value}'), ")).collect();
+    let all = limits.iter().map(|(name, value)| (*name, value.as_str())).chain(fixed);
+    let all = all.chain(PLANNER.map(|(name, value, _)| (name, value)));
+    let mut values: Vec<_> = all.map(|(name, value)| format!("('{name}', '{value}')")).collect();
     // The keys of a batch must fit into a hash table.
     let work_mem = "pg_catalog.concat(GREATEST(16384, pg_catalog.pg_size_bytes(pg_catalog.current_setting('work_mem')) \
         OPERATOR(pg_catalog./) 1024), 'kB')";
+    values.push(format!("('work_mem', {work_mem})"));
+    set(&values)
+}
+
+/// Sets all of these. Local to the transaction: a pooler hands a session's settings on to the next client.
+fn set(values: &[String]) -> String {
     format!(
-        "SELECT pg_catalog.count(pg_catalog.set_config(name, value, true)) \
-         FROM (VALUES {settings}('work_mem', {work_mem})) AS settings (name, value); "
+        "SELECT pg_catalog.count(pg_catalog.set_config(name, value, true)) FROM (VALUES {}) AS settings (name, value)",
+        values.join(", ")
     )
 }
 
@@ -98,7 +113,7 @@ pub fn trial(select: &str, statement_timeout: Duration) -> String {
 
 fn evaluate(select: &str, statement_timeout: Duration) -> String {
     format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}{SEARCH_PATH}{select}",
-        settings(Limits::of(statement_timeout), &[])
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; {}; {SEARCH_PATH}{select}",
+        settings(Limits::of(statement_timeout))
     )
 }

@@ -44,7 +44,7 @@ const MUTANTS: [Mutant; 10] = [
         file: "src/sweep/execute/attempt.rs",
         edits: &[("if batch.is_exact() {", "if batch.updated >= 0 {")],
         target: INTEGRATION,
-        tests: &["database::sweep::rows_that_share_a_key", "database::sweep::after_a_batch_was_taken_back"],
+        tests: &["database::sweep::rows_that_share_a_key", "database::sweep::after_a_rollback"],
     },
     Mutant {
         name: "rows updated that were not selected",

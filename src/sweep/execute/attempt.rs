@@ -40,10 +40,12 @@ impl Sweep<'_> {
         next: NextBatch,
     ) -> Result<BatchAttempt, Error> {
         let Some(statement_timeout) = self.time_for_a_statement() else { return Ok(BatchAttempt::Early(self.cause())) };
-        let limits = Limits::of(statement_timeout);
         match next.locking {
-            Locking::Optimistic => self.optimistic_batch(start, cursor, next.rows, limits.unnoticed()).await,
-            Locking::RowsFirst => {
+            Locking::Optimistic => {
+                self.optimistic_batch(start, cursor, next.rows, Limits::optimistic(statement_timeout)).await
+            }
+            Locking::Pessimistic => {
+                let limits = Limits::of(statement_timeout);
                 let sql = statement::batch(self.plan, start, cursor, next.rows, next.locking, limits);
                 match self.ask_for_rows(Step::Batch, &sql, statement_timeout).await? {
                     Answer::Early(ended) => Ok(BatchAttempt::Early(ended)),
@@ -53,7 +55,7 @@ impl Sweep<'_> {
         }
     }
 
-    /// Runs a batch that is taken back unless it completed the very rows that it selected, whatever the cause is.
+    /// Runs a batch and rolls it back, for whatever cause, unless it completed exactly the rows that it selected.
     async fn optimistic_batch(
         &mut self,
         start: &Start,
@@ -74,7 +76,7 @@ impl Sweep<'_> {
             Err(_) => {}
         }
         self.session.rollback().await;
-        Ok(BatchAttempt::TakenBack)
+        Ok(BatchAttempt::RolledBack)
     }
 
     /// Reads what a batch did, and takes it back if it changed rows beside those that it chose.

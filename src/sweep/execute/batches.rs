@@ -34,7 +34,7 @@ impl Sweep<'_> {
                     }
                     continue;
                 }
-                Ok(BatchAttempt::TakenBack) => {
+                Ok(BatchAttempt::RolledBack) => {
                     planner.lock_rows_first();
                     continue;
                 }
@@ -84,7 +84,7 @@ impl Sweep<'_> {
         }
         self.commit(start, batch).await?;
         self.report.small_batches += i64::from(next.reduced);
-        self.report.fallback_batches += i64::from(next.locking == Locking::RowsFirst);
+        self.report.fallback_batches += i64::from(next.locking == Locking::Pessimistic);
         planner.record_success(next.rows);
         if let Some(ended) = batch.ended {
             planner.record_activity(ended, started, self.time_spent());
@@ -120,7 +120,7 @@ impl Sweep<'_> {
     async fn try_without_rows(&self, start: &Start) -> Result<(), Error> {
         explain(&self.session, self.plan, start).await?;
         let limit = self.plan.statement_timeout.min(EXPLAIN_TIMEOUT);
-        let sql = statement::batch(self.plan, start, None, 0, Locking::RowsFirst, Limits::of(limit));
+        let sql = statement::batch(self.plan, start, None, 0, Locking::Pessimistic, Limits::of(limit));
         let tried = self.session.query(Step::Batch, &sql, limit + RESPONSE_GRACE).await;
         self.session.rollback().await;
         tried.map(drop)

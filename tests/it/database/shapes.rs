@@ -88,7 +88,7 @@ async fn keys_of_type_citext_are_compared_by_their_own_operators() {
          INSERT INTO audit_log SELECT k, '2020-01-01' FROM unnest('{f,A,b,C,d,E}'::text[]) AS k",
     )
     .await;
-    let plan = super::plans::batch_plan(&log, Locking::RowsFirst).await.join("\n");
+    let plan = super::plans::batch_plan(&log, Locking::Pessimistic).await.join("\n");
     assert_eq!(plan.matches("using audit_log_time_started_id_idx on audit_log").count(), 2, "{plan}");
     for (limit, open) in [(3, "d,E,f"), (2, "f"), (1, "NULL")] {
         let report = log.sweep(json!({ "batchSize": 2, "limit": limit })).await;
