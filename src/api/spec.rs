@@ -13,8 +13,8 @@ use super::status::AuditLogSweeperStatus;
 
 /// Sweeps one table: completes rows that a crash left open.
 ///
-/// Every `period`, at most `limit` rows that started more than `timeout` ago and are still incomplete are completed,
-/// oldest first. A row that is complete is never touched.
+/// Every `period`, the operator completes at most `limit` rows that started more than `timeout` ago and are still open, oldest
+/// first. It never touches a complete row.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[kube(
     group = "auditlog.dev",
@@ -91,7 +91,7 @@ pub struct AuditLogSweeperSpec {
     /// The PostgreSQL database that holds the table, and how to connect to it.
     pub database: Database,
 
-    /// Schema of the table. Literal: taken as it stands in the catalog, never folded to lower case or split at dots.
+    /// Schema of the table. Literal: exactly as in the catalog, never folded to lower case or split at dots.
     #[serde(default = "default_schema")]
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = identifier())]
@@ -107,48 +107,48 @@ pub struct AuditLogSweeperSpec {
     #[serde(default)]
     pub columns: Columns,
 
-    /// What is written into a row besides its completion time. Each item sets one column. The default is
-    /// `result_kind = 'timeout'`; an empty list sets the completion time alone.
+    /// Columns to set besides the completion time. Each item sets one column. The default is `result_kind = 'timeout'`. An empty
+    /// list sets the completion time alone.
     #[serde(default = "default_complete")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "atomic"))]
     #[x_kube(validation = Rule::new("self.all(a, self.exists_one(b, b.column == a.column))").message("must not name a column twice"))]
     pub complete: Vec<Completion>,
 
-    /// How often to sweep: from 5s to 8760h. Times lie on a grid that is fixed for each object, so many sweepers do
-    /// not fire together and a restart changes nothing.
+    /// How often to sweep: from 5s to 8760h. Each object has its own fixed grid of times, so many sweepers do not start together
+    /// and a restart changes nothing. The first slot comes after half to one and a half periods.
     #[serde(default = "default_period")]
     #[x_kube(validation = between("5s", "8760h"))]
     pub period: Duration,
 
-    /// How old an incomplete row must be to be completed: from 1m to 87600h, judged by the database's clock. Choose it
-    /// longer than the longest request. It is not the time that a statement may take: that is `statementTimeout`.
+    /// How old an open row must be to be completed: from 1m to 87600h, by the database's clock. Choose it longer than the longest
+    /// request. It does not bound statements: `statementTimeout` does.
     #[serde(default = "default_timeout")]
     #[x_kube(validation = between("1m", "87600h"))]
     pub timeout: Duration,
 
-    /// The most rows that one sweep completes, its retries included. What is left over waits for the next sweep.
+    /// The most rows that one sweep completes, including its retries. The rest waits for the next sweep.
     #[serde(default = "default_limit")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub limit: i32,
 
-    /// The most rows completed in one transaction. A sweep of more rows takes several; from the third on they are
-    /// smaller for a while, with pauses, where others write to the server.
+    /// The most rows completed in one transaction. A sweep of more rows takes several transactions. From the third on, they are
+    /// smaller for a while, with pauses, if others write to the server.
     #[serde(default = "default_batch_size")]
     #[schemars(range(min = 1, max = 10_000))]
     pub batch_size: i32,
 
-    /// The longest that a statement may take before the server ends it: from 100ms to 1h, and not above `deadline`.
+    /// The longest that a statement may take before the server ends it: from 100ms to 1h, at most `deadline`.
     #[serde(default = "default_statement_timeout")]
     #[x_kube(validation = between("100ms", "1h"))]
     pub statement_timeout: Duration,
 
-    /// The longest that a whole sweep may take: from 1s to 24h, and no longer than the operator's `--max-deadline` (1h).
-    /// What it has done by then stays done, and the next sweep goes on.
+    /// The longest that a whole sweep may take: from 1s to 24h, at most the operator's `--max-deadline` (1h). Rows completed by
+    /// then stay completed, and the next sweep continues.
     #[serde(default = "default_deadline")]
     #[x_kube(validation = between("1s", "24h"))]
     pub deadline: Duration,
 
-    /// Apply: complete the rows. Observe: connect, check the table, and count what would be swept; change nothing.
+    /// Apply: complete the rows. Observe: connect, check the table, count the rows that Apply would sweep, and change nothing.
     #[serde(default)]
     pub mode: Mode,
 
@@ -174,12 +174,12 @@ pub enum Mode {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Database {
-    /// The Secret, in the same namespace, that says where the database is and who to be there. It is read afresh for
-    /// every sweep, so a rotated password needs nothing more.
+    /// Secret in this namespace that holds the connection URI or its parts. Read on every sweep, so rotated passwords need no
+    /// restart.
     pub secret_ref: SecretKeyRef,
 
-    /// How the connection is secured. Absent: as the URI's sslmode says (allow and prefer count as require), and where
-    /// it says nothing, VerifyFull.
+    /// How the connection is secured. Absent: by the URI's sslmode (allow and prefer count as require). If the URI has none,
+    /// VerifyFull.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
 }
@@ -193,9 +193,9 @@ pub struct SecretKeyRef {
     #[x_kube(validation = secret_name())]
     pub name: String,
 
-    /// The key that holds the connection URI. Absent: the first of `fqdn-uri` and `uri` that is there, else the URI is
-    /// made of the keys `host`, `port`, `dbname`, `user` (or `username`) and `password`, as in the Secrets that
-    /// CloudNativePG and Crunchy Postgres make.
+    /// The key that holds the connection URI. Absent: `fqdn-uri` or `uri`, whichever exists. If neither exists, the operator
+    /// builds the URI from `host`, `port`, `dbname`, `user` (or `username`) and `password`, as in the Secrets of CloudNativePG and
+    /// Crunchy Postgres.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub key: Option<String>,
@@ -207,18 +207,18 @@ pub struct SecretKeyRef {
     .message("must not name caSecretRef or clientCertSecretRef with mode Disable: nothing would be verified"))]
 #[serde(rename_all = "camelCase")]
 pub struct Tls {
-    /// With the meanings of libpq's sslmode. Disable: no encryption. Require: encrypted, the server is not verified.
-    /// VerifyCA: its certificate is from a trusted CA. VerifyFull: and is for the host connected to. It wins over the
-    /// sslmode in the URI.
+    /// As libpq's sslmode, which it overrides. Disable: no encryption. Require: encrypted, but the server is not verified.
+    /// VerifyCA: a trusted CA must have signed the server's certificate. VerifyFull: as VerifyCA, and the certificate must match the
+    /// host name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<TlsMode>,
 
-    /// The Secret, in the same namespace, that holds the CA to trust, as PEM. Absent: the public CAs. With mode
-    /// Require, a CA that is named is used as in VerifyCA.
+    /// Secret in this namespace that holds the CA to trust, as PEM. Absent: the public CAs. With a CA, mode Require means
+    /// VerifyCA.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_secret_ref: Option<CaSecretRef>,
 
-    /// The Secret, in the same namespace, that holds the certificate to show to a server that asks for one, as PEM.
+    /// Secret in this namespace that holds the client certificate, as PEM, for servers that ask for one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_cert_secret_ref: Option<ClientCertSecretRef>,
 }
@@ -275,8 +275,8 @@ pub struct Columns {
     #[x_kube(validation = identifier())]
     pub time_completed: String,
 
-    /// Time zone of `timestamp` columns, which do not say it themselves: the one in which the application writes them. A name
-    /// of the IANA time zone database, such as `Europe/Berlin`. `timestamptz` columns need none.
+    /// Time zone of `timestamp` columns: the zone in which the application writes them. A name of the IANA time zone database, such
+    /// as `Europe/Berlin`. `timestamptz` columns need none.
     #[serde(default = "default_time_zone")]
     #[schemars(length(max = 64))]
     #[x_kube(validation = Rule::new(TIME_ZONE).message(TIME_ZONE_MESSAGE))]

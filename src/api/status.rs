@@ -18,7 +18,7 @@ pub const MAX_MESSAGE: usize = 1024;
 #[derive(KubeSchema, Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AuditLogSweeperStatus {
-    /// The generation of the spec that the rest of the status is about; -1: no operator has seen the object yet.
+    /// The generation of the spec that the status describes. -1: no operator has seen the object yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
@@ -66,7 +66,7 @@ pub struct AuditLogSweeperStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clock_skew_milliseconds: Option<i64>,
 
-    /// What became of the last attempts, newest first. Equal ones that found nothing to complete share an entry.
+    /// The results of the last attempts, newest first. Consecutive attempts that found nothing share an entry.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 20), extend("x-kubernetes-list-type" = "atomic"))]
     pub history: Vec<HistoryEntry>,
@@ -81,7 +81,7 @@ pub struct AuditLogSweeperStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub totals: Option<Totals>,
 
-    /// Attempts that failed since the last one that did not.
+    /// Attempts that failed in a row, up to now.
     #[serde(default)]
     pub consecutive_failures: i32,
 
@@ -94,7 +94,7 @@ pub struct AuditLogSweeperStatus {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LastSweep {
-    /// The slot of the schedule; of a sweep on request, when it was made.
+    /// The slot of the schedule. For a sweep on request, the time of the request.
     pub schedule_time: DateTime<Utc>,
     /// When the last attempt began.
     pub start_time: DateTime<Utc>,
@@ -118,14 +118,14 @@ pub struct LastSweep {
     pub skipped: i64,
     /// Rows whose update a trigger of the table suppressed.
     pub suppressed: i64,
-    /// Rows of a batch whose COMMIT got no answer and could not be looked up afterwards; not in timedOut.
+    /// Rows of a batch whose COMMIT got no answer, if the operator could not find out whether it took place. Not in timedOut.
     pub uncertain: i64,
     /// Transactions committed.
     pub batches: i64,
 }
 
 impl LastSweep {
-    /// Rows that are completed, or may be: what counts against the limit.
+    /// Rows that are completed, or may be. They count against the limit.
     pub fn taken(&self) -> i64 {
         self.timed_out.max(0).saturating_add(self.uncertain.max(0))
     }
@@ -141,8 +141,9 @@ pub enum Trigger {
     Command,
 }
 
-/// How a sweep ended. Drained: no stale row was left. LimitReached: the limit was. DeadlineReached: the deadline was.
-/// Stopped: the operator was, or the object left it. Failed: lastError says why; it is retried. Observed: rows were only counted.
+/// How a sweep ended. Drained: no stale row was left. LimitReached: it stopped at spec.limit. DeadlineReached: it stopped at
+/// spec.deadline. Stopped: the operator stopped, or the object was deleted or moved. Failed: lastError says why, and the operator
+/// retries. Observed: rows were only counted.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Outcome {
     Drained,
@@ -233,12 +234,11 @@ impl Backlog {
 pub struct Unsweepable {
     /// Rows refused in the last sweep.
     pub count: i64,
-    /// Keys of the first of them; only of type uuid or bigint, since a text key is data of the row.
+    /// Keys of the first of them, if the key is a uuid or an integer: other keys are row data.
     #[serde(default)]
     #[schemars(length(max = 10), inner(length(max = 64)))]
     pub ids: Vec<String>,
-    /// Where the next sweep begins, so that refused rows do not keep it from those behind them. Absent: with the
-    /// oldest row.
+    /// Where the next sweep begins, so that refused rows do not block the rows behind them. Absent: at the oldest row.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume_after: Option<ResumeAfter>,
 }
@@ -250,7 +250,7 @@ pub struct ResumeAfter {
     /// The start time, as the database writes it.
     #[schemars(length(max = 64))]
     pub time_started: String,
-    /// The key, where it is no data of the row.
+    /// The key, if it is a uuid or an integer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub id: Option<String>,
@@ -296,7 +296,7 @@ pub struct LastError {
     /// The kind of error, as in the conditions.
     #[schemars(length(max = 64))]
     pub reason: String,
-    /// What went wrong and what to do; the whole chain of causes, with the SQLSTATE where there is one.
+    /// What is wrong and what to do: the whole chain of causes, with the SQLSTATE if there is one.
     #[schemars(length(max = 1024))]
     pub message: String,
     /// When it happened.

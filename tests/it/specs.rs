@@ -282,7 +282,7 @@ async fn explain_reads_as_a_manual() {
     .await;
     let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(text.contains("FIELD: timeout <string>"), "{text}");
-    assert!(text.contains("How old an incomplete row must be to be completed: from 1m to 87600h"), "{text}");
+    assert!(text.contains("How old an open row must be to be completed: from 1m to 87600h"), "{text}");
     let all = output(operator.kubectl().args(["explain", "als", "--recursive"])).unwrap();
     assert!(all.contains("enum: Disable, Require, VerifyCA, VerifyFull"), "{all}");
 }
