@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, User};
 use std::ffi::OsString;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -224,7 +224,17 @@ pub(crate) fn wait_until_ended(child: &mut Child, patience: Duration) {
 
 /// Runs a command to its end. Its output when it succeeds; what it said as the error when not.
 pub fn output(command: &mut Command) -> anyhow::Result<String> {
-    let output = command.output().with_context(|| format!("{} cannot be started", command.get_program().display()))?;
+    let mut tries = 0;
+    let output = loop {
+        match command.output() {
+            // It was just copied, and a process that another thread began meanwhile still holds the file open.
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy && tries < 100 => {
+                tries += 1;
+                sleep(Duration::from_millis(20));
+            }
+            ended => break ended.with_context(|| format!("{} cannot be started", command.get_program().display()))?,
+        }
+    };
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?} failed ({}):\n{}", output.status, said.trim_end());
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
