@@ -80,7 +80,7 @@ async fn play(cluster: &Cluster, log: &Log) -> anyhow::Result<()> {
     print!("{}", cluster.shows(&events, &swept).await?);
     let described = ["Last Sweep:", "Timed Out:", "Conditions:", "Events:", "RowsTimedOut"];
     cluster.shows(&["describe", "als", "app", "-n", namespace], &described).await?;
-    cluster.shows(&["explain", "als.spec.timeout"], &["How old an incomplete row must be", "KIND:"]).await?;
+    cluster.shows(&["explain", "als.spec.timeout"], &["How old an open row must be", "KIND:"]).await?;
 
     step("people who may view a namespace see what is swept");
     let may = |verb: &str, role: &str| {
