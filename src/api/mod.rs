@@ -37,7 +37,7 @@ pub fn counted(count: impl Display, noun: &str) -> String {
 }
 
 /// The same with a verb: "1 stale row is left".
-pub fn left(count: impl Display) -> String {
+pub fn stale_rows_left(count: impl Display) -> String {
     let stale = counted(count, "stale row");
     let are = if stale.ends_with('s') { "are" } else { "is" };
     format!("{stale} {are} left")
@@ -45,11 +45,11 @@ pub fn left(count: impl Display) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{counted, cut, left};
+    use super::{counted, cut, stale_rows_left};
 
     #[test]
     fn one_is_not_many() {
-        let said = [counted(0, "row"), counted(1, "row"), left("1"), left(">1")];
+        let said = [counted(0, "row"), counted(1, "row"), stale_rows_left("1"), stale_rows_left(">1")];
         assert_eq!(said, ["0 rows", "1 row", "1 stale row is left", ">1 stale rows are left"]);
     }
 

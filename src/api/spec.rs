@@ -193,7 +193,7 @@ pub struct SecretKeyRef {
     #[x_kube(validation = secret_name())]
     pub name: String,
 
-    /// The key that holds the connection URI. Absent: `fqdn-uri` or `uri`, whichever exists. If neither exists, the operator
+    /// The key that holds the connection URI. Absent: `fqdn-uri`, or else `uri`. If neither exists, the operator
     /// builds the URI from `host`, `port`, `dbname`, `user` (or `username`) and `password`, as in the Secrets of CloudNativePG and
     /// Crunchy Postgres.
     #[serde(default, skip_serializing_if = "Option::is_none")]

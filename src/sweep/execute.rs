@@ -7,6 +7,7 @@ mod commit;
 
 use std::time::Duration;
 
+use chrono::Utc;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::SimpleQueryMessage;
 use tokio_util::sync::CancellationToken;
@@ -145,7 +146,7 @@ async fn sweep_with(
     let deadline = start + plan.deadline;
     let mut sweep = Sweep { plan, target, session, server: None, resume_after, peers, deadline, stop, report };
     let asked = tokio::select! {
-        asked = sweep.ask_start(start) => asked?,
+        asked = sweep.ask_start() => asked?,
         () = stop.cancelled() => return Ok(Ended::Stopped),
     };
     let ended = match plan.mode {
@@ -230,13 +231,14 @@ async fn sleep_with_jitter(about: Duration) {
 
 impl Sweep<'_> {
     /// Reads the parameters of the sweep, once. The cutoff is frozen, so that the sweep ends.
-    async fn ask_start(&mut self, start: Instant) -> Result<Start, Error> {
+    async fn ask_start(&mut self) -> Result<Start, Error> {
         let mut locked = 0;
-        let answer = loop {
+        let (answer, asked_at) = loop {
             // It reads the catalog alone, so `statementTimeout` does not bound it.
             let limit = self.time_left().clamp(MIN_STATEMENT_TIME, START_TIMEOUT);
             let sql = start::start(self.plan, limit);
             let which = statement::server();
+            let asked_at = Utc::now();
             // Side by side: where the server cannot tell which one it is, the sweep goes on all the same.
             let (server, answer) = tokio::join!(
                 self.session.query(Step::Lookup, &which, limit + RESPONSE_GRACE),
@@ -251,11 +253,13 @@ impl Sweep<'_> {
                     self.session.rollback().await;
                     sleep_with_jitter(LOCKED.1).await;
                 }
-                answer => break answer?,
+                answer => break (answer?, asked_at),
             }
         };
+        // The database read its clock somewhere between question and answer.
+        let ours = asked_at + (Utc::now() - asked_at) / 2;
         let asked = start::read_start(&answer).ok_or(Error::Answer("the first question of a sweep"))?;
-        self.report.database_time = asked.now.map(|now| (now, start.elapsed()));
+        self.report.clock_skew = asked.now.map(|now| ours - now);
         self.report.cutoff = start::read_time(&asked.cutoff);
         Ok(asked)
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 
 use super::start::Cursor;
 use crate::api::Failure;
@@ -35,8 +35,8 @@ pub struct Report {
     pub refused_why: Option<String>,
     /// Where the next sweep goes on, so that refused rows do not keep it from those behind them.
     pub resume_after: Option<Cursor>,
-    /// The database's clock, and how long after the start of the attempt it was read.
-    pub database_time: Option<(DateTime<Utc>, Duration)>,
+    /// This machine's clock less the database's. None: the database was not asked.
+    pub clock_skew: Option<TimeDelta>,
     /// Stale rows left; None when they could not be counted.
     pub backlog: Option<Backlog>,
     /// How the attempt ended. What was counted before a failure stays counted.
@@ -71,7 +71,7 @@ impl Report {
             refused_ids: vec![],
             refused_why: None,
             resume_after: None,
-            database_time: None,
+            clock_skew: None,
             backlog: None,
             end,
             duration: Duration::ZERO,

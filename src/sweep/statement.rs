@@ -36,6 +36,13 @@ pub struct Batch {
     pub ended: Option<u64>,
 }
 
+impl Batch {
+    /// Whether it completed the rows that it selected, and no other.
+    pub const fn is_exact(&self) -> bool {
+        self.updated == self.selected && self.completed == self.selected
+    }
+}
+
 /// One completed row and its transaction, by which a lost COMMIT is looked up.
 #[derive(Clone, Debug)]
 pub struct Receipt {
@@ -67,13 +74,6 @@ pub struct Evidence {
     pub transaction: Option<String>,
     /// The row: `open`, or `completed` at the time of the receipt. None: neither.
     pub row: Option<String>,
-}
-
-impl Batch {
-    /// Whether it completed the rows that it selected, and no other.
-    pub const fn is_exact(&self) -> bool {
-        self.updated == self.selected && self.completed == self.selected
-    }
 }
 
 impl Evidence {

@@ -29,7 +29,7 @@ impl Limits {
         Self { statement, lock: LOCK_TIMEOUT.min(statement / 2) }
     }
 
-    /// Limits of an optimistic batch, which waits for rows in use. They are so short that nobody notices the rows that it holds
+    /// Limits of an optimistic batch, which waits for rows in use. They bound how long a request waits for the rows that it holds
     /// meanwhile.
     pub fn optimistic(statement: Duration) -> Self {
         let Self { statement, lock } = Self::of(statement);

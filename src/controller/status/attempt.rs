@@ -8,7 +8,7 @@ use crate::api::status::{
     AuditLogSweeperStatus, HistoryEntry, LastError, LastSweep, Outcome, ResumeAfter, Totals, Trigger, Unsweepable,
     remember, whole_seconds,
 };
-use crate::api::{Class, Failure, Reason, Sweeper, counted, left};
+use crate::api::{Class, Failure, Reason, Sweeper, counted, stale_rows_left};
 use crate::controller::model::SweepAttempt;
 use crate::schedule::SILENCE_RETRY;
 use crate::sweep::Report;
@@ -49,13 +49,12 @@ impl SweepAttempt {
         self.add_totals(status);
         let sweep = self.last_sweep(sweeper);
         // An attempt that did not get to the rows says nothing about them.
-        if let Some((database, after)) = report.database_time {
+        if let Some(skew) = report.clock_skew {
             // A retry goes on behind what the attempts before it were refused.
             let before =
                 status.unsweepable.take().filter(|before| slot.continues.is_some() && before.resume_after.is_some());
             status.unsweepable = unsweepable(report, before);
-            let ours = *start + TimeDelta::from_std(after).unwrap_or_default();
-            status.clock_skew_milliseconds = Some((ours - database).num_milliseconds());
+            status.clock_skew_milliseconds = Some(skew.num_milliseconds());
         }
         if slot.trigger != Trigger::Request {
             status.last_schedule_time = Some(sweep.schedule_time);
@@ -164,7 +163,7 @@ impl SweepAttempt {
 /// A sweep that went well in one line.
 fn summary(report: &Report, sweep: &LastSweep, refused: i64) -> String {
     let backlog = report.backlog.as_ref().filter(|backlog| backlog.remaining > 0);
-    let backlog_left = backlog.map_or_else(String::new, |backlog| format!("; {}", left(&backlog.display)));
+    let left = backlog.map_or_else(String::new, |backlog| format!("; {}", stale_rows_left(&backlog.display)));
     let refused = match (refused, &report.refused_why) {
         (0, _) => String::new(),
         (rows, None) => {
@@ -175,13 +174,13 @@ fn summary(report: &Report, sweep: &LastSweep, refused: i64) -> String {
         }
     };
     let ended = match sweep.outcome {
-        Outcome::Observed => return format!("changed nothing, as spec.mode says{backlog_left}{refused}"),
+        Outcome::Observed => return format!("changed nothing, as spec.mode says{left}{refused}"),
         Outcome::LimitReached => "stopped at the limit",
         Outcome::DeadlineReached => "stopped at the deadline",
         Outcome::Drained | Outcome::Failed | Outcome::Stopped if backlog.is_some() => "looked at every stale row",
         Outcome::Drained | Outcome::Failed | Outcome::Stopped => "no stale row is left",
     };
-    format!("completed {}, {ended}{backlog_left}{refused}", counted(sweep.timed_out, "row"))
+    format!("completed {}, {ended}{left}{refused}", counted(sweep.timed_out, "row"))
 }
 
 /// What the database refused in the sweep, `before` being what it refused its earlier attempts.

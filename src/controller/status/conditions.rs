@@ -5,7 +5,7 @@ use chrono::TimeDelta;
 use crate::api::condition::{self, Condition, ConditionType, ConditionUpdate};
 use crate::api::spec::Mode;
 use crate::api::status::{Backlog, whole_seconds};
-use crate::api::{AuditLogSweeperSpec, Failure, Reason, Stage, counted, left};
+use crate::api::{AuditLogSweeperSpec, Failure, Reason, Stage, counted, stale_rows_left};
 use crate::preflight::{PreflightReport, Severity};
 use crate::sweep::Report;
 
@@ -142,7 +142,7 @@ pub(super) fn bounded(spec: &AuditLogSweeperSpec, report: &Report, refused: i64)
             Reason::FallingBehind,
             format!(
                 "{}, the oldest started {}, longer ago than timeout + 2 * period; {advice}",
-                left(display),
+                stale_rows_left(display),
                 whole_seconds(*oldest).format("%Y-%m-%dT%H:%M:%SZ")
             ),
         ),
@@ -150,7 +150,7 @@ pub(super) fn bounded(spec: &AuditLogSweeperSpec, report: &Report, refused: i64)
             type_,
             false,
             Reason::FallingBehind,
-            format!("{}, the oldest with an out-of-range start time (such as -infinity)", left(display)),
+            format!("{}, the oldest with an out-of-range start time (such as -infinity)", stale_rows_left(display)),
         ),
         _ => ConditionUpdate::new(type_, true, Reason::WithinBound, "no stale row is older than timeout + 2 * period"),
     }

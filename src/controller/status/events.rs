@@ -3,7 +3,7 @@
 
 use crate::api::condition::{self, ConditionType};
 use crate::api::status::{AuditLogSweeperStatus, Outcome, Unsweepable};
-use crate::api::{counted, cut, left, status::MAX_MESSAGE};
+use crate::api::{counted, cut, stale_rows_left, status::MAX_MESSAGE};
 use crate::controller::model::{AttemptResult, Done};
 
 /// An event, as `kubectl describe` shows it.
@@ -94,7 +94,7 @@ fn of_sweep(timed_out: i64, old: &AuditLogSweeperStatus, new: &AuditLogSweeperSt
         let left = new
             .backlog
             .as_ref()
-            .map_or("it is not known how many stale rows are left".into(), |backlog| left(&backlog.display));
+            .map_or("it is not known how many stale rows are left".into(), |backlog| stale_rows_left(&backlog.display));
         let note = format!("the sweep stopped at spec.limit; {left}");
         events.push(Event::new(false, "LimitReached", "Sweep", note));
     }
