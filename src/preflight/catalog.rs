@@ -27,8 +27,6 @@ pub struct Server {
     pub standby: bool,
     /// The role.
     pub user: String,
-    /// Of the database.
-    pub encoding: String,
     /// Row security does not apply to the role.
     pub bypass: bool,
 }
@@ -217,7 +215,7 @@ pub fn server(statement_timeout: Duration) -> String {
     format!(
         "BEGIN READ ONLY; {SEARCH_PATH}SET LOCAL statement_timeout = {}; SELECT json_build_object('version', current_setting('server_version'), \
        'number', current_setting('server_version_num')::int, 'product', split_part(version(), ' ', 1), \
-       'standby', pg_is_in_recovery(), 'encoding', current_setting('server_encoding'), 'user', current_user, \
+       'standby', pg_is_in_recovery(), 'user', current_user, \
        'bypass', (SELECT rolsuper OR rolbypassrls FROM pg_catalog.pg_roles WHERE rolname = current_user)); COMMIT",
         statement_timeout.as_millis().max(1)
     )

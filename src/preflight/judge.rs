@@ -375,7 +375,6 @@ mod tests {
             number,
             standby: false,
             user: "u".into(),
-            encoding: "UTF8".into(),
             bypass: false,
         };
         let mut checked = PreflightReport::default();

@@ -28,14 +28,6 @@ impl Judge<'_> {
     pub(super) fn key_type(&self, column: &Column, path: &str, checked: &mut PreflightReport) {
         let known = column.base_schema == "pg_catalog" && KEY_TYPES.contains(&column.base.as_str());
         if known || column.base == "citext" {
-            let is_text = !["uuid", "int8", "int4", "int2", "numeric", "bytea"].contains(&column.base.as_str());
-            if is_text && self.server.encoding == "SQL_ASCII" {
-                let message = format!(
-                    "the encoding of the database is SQL_ASCII: a sweep fails at a key in {} that is not UTF-8, and sweeps none behind it",
-                    quoted(&column.name)
-                );
-                checked.find(Subject::Columns, Warning, Reason::SchemaMismatch, message, None);
-            }
             return;
         }
         let accepted = "uuid, bigint, integer, smallint, text, varchar, char, citext, numeric, bytea, or a domain over one of these";

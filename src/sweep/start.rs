@@ -91,8 +91,34 @@ impl Start {
 pub struct Cursor {
     /// The start time, as the database writes it.
     pub time_started: String,
-    /// The key. None: behind every row of that time.
+    /// The key as [`key_text`] writes it. None: behind every row of that time.
     pub id: Option<String>,
+}
+
+/// SQL for a key in ASCII: each byte above it becomes `\ooo`, and a backslash two. The keys of a SQL_ASCII database need not be in any
+/// encoding, which the driver does not read.
+pub fn key_text(key: &str) -> String {
+    format!(
+        "pg_catalog.encode(pg_catalog.convert_to({key}::pg_catalog.text, pg_catalog.getdatabaseencoding()), 'escape')"
+    )
+}
+
+/// A literal for a key as [`key_text`] writes it. Whatever else the text holds stays inside of the literal.
+pub fn key_literal(text: &str) -> String {
+    let mut literal = "E'".to_owned();
+    let mut rest = text.chars();
+    while let Some(next) = rest.next() {
+        match next {
+            '\'' => literal.push_str("''"),
+            '\\' if rest.as_str().starts_with(|digit| matches!(digit, '0'..='3')) => literal.push('\\'),
+            '\\' => {
+                literal.push_str("\\\\");
+                rest = rest.as_str().strip_prefix('\\').unwrap_or(rest.as_str()).chars();
+            }
+            other => literal.push(other),
+        }
+    }
+    literal + "'"
 }
 
 /// Asks for a [`Start`].
@@ -208,4 +234,24 @@ pub fn read_start(answer: &[SimpleQueryMessage]) -> Option<Start> {
 /// Reads a time written in [`ISO`]; None for times that no calendar has, such as `-infinity`.
 pub fn read_time(text: &str) -> Option<DateTime<Utc>> {
     DateTime::parse_from_rfc3339(text).ok().map(|time| time.to_utc())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_literal_of_a_key_ends_where_the_key_ends() {
+        for (text, literal) in [
+            ("a-1", "E'a-1'"),
+            (r"\351\\x", r"E'\351\\x'"),
+            ("it's", "E'it''s'"),
+            // As no server writes it.
+            (r"\' OR true --", r"E'\\'' OR true --'"),
+            (r"x\", r"E'x\\'"),
+            (r"\\\", r"E'\\\\'"),
+        ] {
+            assert_eq!(key_literal(text), literal, "{text}");
+        }
+    }
 }

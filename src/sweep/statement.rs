@@ -14,7 +14,7 @@ use tokio_postgres::SimpleQueryMessage;
 
 use super::open_index::{EQUALS, OpenPredicate};
 use super::plan::{Plan, literal};
-use super::start::{Cursor, GREATER, ISO, Start, read_time};
+use super::start::{Cursor, GREATER, ISO, Start, key_literal, key_text, read_time};
 use super::transaction::{LOCK_TIMEOUT, Limits, SEARCH_PATH, begin, read_only};
 use crate::api::status::Backlog;
 use crate::database::session::{last_row, text};
@@ -124,11 +124,11 @@ fn stale(plan: &Plan, start: &Start, cursor: Option<&Cursor>) -> String {
             None => format!("{time_started} {GREATER} {time}"),
             // One condition of the index.
             Some(key) if start.key_greater == GREATER => {
-                format!("({time_started}, {id}) {GREATER} ({time}, {})", literal(key))
+                format!("({time_started}, {id}) {GREATER} ({time}, {})", key_literal(key))
             }
             // A comparison of rows takes one operator for all its columns.
             Some(key) => {
-                format!("({time_started} {GREATER} {time} OR {id} {} {})", start.key_greater, literal(key))
+                format!("({time_started} {GREATER} {time} OR {id} {} {})", start.key_greater, key_literal(key))
             }
         };
         // By the time alone, the server leaves partitions out.
@@ -197,6 +197,7 @@ fn update(plan: &Plan, start: &Start, cursor: Option<&Cursor>, size: i64, lockin
     let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
     let (select, now) = (select(plan, start, cursor), start.completed.now(plan));
     let selected = selected(plan, start, &stale(plan, start, cursor), locking);
+    let key = key_text(id);
     let lock = match locking {
         Locking::Optimistic => String::new(),
         Locking::Pessimistic => format!(" FOR {} SKIP LOCKED", start.lock),
@@ -211,8 +212,8 @@ fn update(plan: &Plan, start: &Start, cursor: Option<&Cursor>, size: i64, lockin
            pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::pg_catalog.text FROM \
            (SELECT pg_catalog.count(*) AS n FROM stale) AS s \
            CROSS JOIN (SELECT pg_catalog.count(*) AS n, pg_catalog.count({time_completed}) AS completed FROM done) AS d \
-           LEFT JOIN (SELECT {time_started}::pg_catalog.text AS ts, {id}::pg_catalog.text AS id FROM last) AS l ON true \
-           LEFT JOIN (SELECT {time_started}::pg_catalog.text AS ts, {id}::pg_catalog.text AS id, {time_completed}::pg_catalog.text AS at FROM done \
+           LEFT JOIN (SELECT {time_started}::pg_catalog.text AS ts, {key} AS id FROM last) AS l ON true \
+           LEFT JOIN (SELECT {time_started}::pg_catalog.text AS ts, {key} AS id, {time_completed}::pg_catalog.text AS at FROM done \
              WHERE {time_completed} IS NOT NULL LIMIT 1) AS one ON true"
     )
 }
@@ -234,9 +235,10 @@ pub fn batch(
 pub fn choose_one(plan: &Plan, start: &Start, cursor: Option<&Cursor>, statement_timeout: Duration) -> String {
     let (Plan { id, time_started, .. }, lock) = (plan, start.lock);
     format!(
-        "{}SELECT {time_started}::pg_catalog.text, {id}::pg_catalog.text FROM \
+        "{}SELECT {time_started}::pg_catalog.text, {} FROM \
            ({} LIMIT 1 FOR {lock} SKIP LOCKED) AS stale",
         begin(Limits::of(statement_timeout)),
+        key_text(id),
         select(plan, start, cursor)
     )
 }
@@ -245,13 +247,14 @@ pub fn choose_one(plan: &Plan, start: &Start, cursor: Option<&Cursor>, statement
 pub fn complete_one(plan: &Plan, start: &Start, row: &Cursor) -> String {
     let Plan { table, id, time_started, time_completed, assignments, .. } = plan;
     let (key_equals, now) = (&start.key_equals, start.completed.now(plan));
-    let (time, key) = (literal(&row.time_started), literal(row.id.as_deref().unwrap_or_default()));
+    let (time, id_text) = (literal(&row.time_started), row.id.as_deref().unwrap_or_default());
+    let (key, text) = (key_literal(id_text), literal(id_text));
     format!(
         "WITH done AS (UPDATE {table} AS t SET {time_completed} = {now}{assignments} \
            WHERE t.{time_started} {EQUALS} {time} AND t.{id} {key_equals} {key} AND (t.{time_completed} IS NULL) IS TRUE \
            RETURNING t.{time_completed}) \
-         SELECT 1, pg_catalog.count(*), pg_catalog.count({time_completed}), pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text, {time}::pg_catalog.text, {key}::pg_catalog.text, {time}::pg_catalog.text, \
-           {key}::pg_catalog.text, pg_catalog.min({time_completed})::pg_catalog.text FROM done"
+         SELECT 1, pg_catalog.count(*), pg_catalog.count({time_completed}), pg_catalog.pg_current_xact_id_if_assigned()::pg_catalog.text, {time}::pg_catalog.text, {text}::pg_catalog.text, {time}::pg_catalog.text, \
+           {text}::pg_catalog.text, pg_catalog.min({time_completed})::pg_catalog.text FROM done"
     )
 }
 
@@ -324,7 +327,7 @@ pub fn evidence(plan: &Plan, start: &Start, receipt: &Receipt, server: Option<&s
         literal(&receipt.xid),
         literal(&receipt.time_completed),
         literal(&receipt.row.time_started),
-        literal(receipt.row.id.as_deref().unwrap_or_default())
+        key_literal(receipt.row.id.as_deref().unwrap_or_default())
     )
 }
 

@@ -77,6 +77,42 @@ async fn keys_of_every_type_hostile_names_enum_and_text_kinds() {
     }
 }
 
+/// The driver reads UTF-8 alone, and what a SQL_ASCII database holds is in no encoding, or in several.
+#[tokio::test]
+async fn text_keys_that_are_not_utf8_are_swept_in_order_and_one_that_is_refused_is_stepped_over() {
+    let server = tokio::task::spawn_blocking(support::postgres::shared).await.unwrap();
+    let mut log = AuditTable::empty().await;
+    let database = format!("ascii_{}", log.database.name);
+    let superuser = server.connect("postgres").await.unwrap();
+    let create = format!(
+        "CREATE DATABASE {database} OWNER {} TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'",
+        log.database.user
+    );
+    superuser.batch_execute(&create).await.unwrap();
+    log.database.name = database;
+    log.pooler = None;
+    log.client = log.database.client().await.unwrap();
+    log.run(
+        r"CREATE TABLE audit_log (id text PRIMARY KEY, time_started timestamptz NOT NULL, time_completed timestamptz, result_kind text);
+        CREATE INDEX ON audit_log (time_started, id) WHERE pg_catalog.num_nulls(time_completed) = 1;
+        INSERT INTO audit_log SELECT n || key, '2020-01-01' FROM generate_series(1, 4) AS n,
+          unnest(ARRAY[E'\xe9', E'\\', E'it''s\xc3', E'\\351']) AS key;
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON audit_log FOR EACH ROW WHEN (OLD.id = E'2\xe9') EXECUTE FUNCTION refuse()",
+    )
+    .await;
+    let chosen = "SELECT encode(convert_to(id, 'SQL_ASCII'), 'hex') FROM audit_log";
+    let first = log.query(&format!("{chosen} ORDER BY id LIMIT 6")).await;
+    let report = log.sweep(json!({ "limit": 6, "batchSize": 2 })).await;
+    assert_eq!((report.timed_out, report.end.err()), (6, None));
+    let swept = format!("{chosen} WHERE time_completed IS NOT NULL ORDER BY id");
+    assert_eq!(log.query(&swept).await, first);
+    let report = log.sweep(json!({ "batchSize": 2 })).await;
+    assert_eq!((report.timed_out, report.refused, report.outcome()), (9, 1, Outcome::Drained));
+    let open = "SELECT encode(convert_to(id, 'SQL_ASCII'), 'hex') FROM audit_log WHERE time_completed IS NULL";
+    assert_eq!(log.query(open).await, ["32e9"]);
+}
+
 /// The order of `citext` is another than that of `text`, and its operators are in a schema of their own.
 #[tokio::test]
 async fn keys_of_type_citext_are_compared_by_their_own_operators() {
