@@ -77,7 +77,7 @@ use super::status::AuditLogSweeperStatus;
 )]
 #[x_kube(
     validation = Rule::new(at_most("statementTimeout", "deadline"))
-        .message("statementTimeout must not be longer than deadline")
+        .message("statementTimeout (30s unless set) must not be longer than deadline (5m unless set)")
         .field_path(".statementTimeout"),
     validation = Rule::new("self.columns.id != self.columns.timeStarted && self.columns.id != self.columns.timeCompleted && self.columns.timeStarted != self.columns.timeCompleted")
         .message("id, timeStarted and timeCompleted must be three different columns")

@@ -352,7 +352,10 @@ mod tests {
             (json!({ "table": "" }), "spec.table: Invalid value: \"\": should be at least 1"),
             (json!({ "complete": [{ "column": "a" }] }), "spec.complete[0]: must have exactly one of value"),
             (json!({ "columns": { "id": "time_started" } }), "spec.columns: id, timeStarted and timeCompleted must be"),
-            (json!({ "statementTimeout": "1h" }), "spec.statementTimeout: statementTimeout must not be longer"),
+            (
+                json!({ "statementTimeout": "1h" }),
+                "spec.statementTimeout: statementTimeout (30s unless set) must not be longer",
+            ),
         ] {
             let errors = judged(broken.clone());
             assert!(errors.len() == 1 && errors[0].starts_with(said), "{broken}: {errors:?}");

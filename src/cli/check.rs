@@ -12,6 +12,7 @@ use super::input::{self, FetchError, Input, Source};
 use super::status::count;
 use super::{Output, complain, note, print, refuse, respond};
 use crate::api::Reason;
+use crate::api::spec::Mode;
 use crate::api::status::Backlog;
 use crate::preflight::{self, Finding, Fix, Part, PreflightReport, Severity, Subject};
 use crate::telemetry::{LogFormat, start_logs};
@@ -46,7 +47,7 @@ pub async fn check(args: Check) -> ExitCode {
     };
     // What keeps us from looking is a finding like any other.
     let checked = preflight::check(&plan, &target).await.unwrap_or_else(|error| early(Finding::from(&error)));
-    let written = report(args.source.output, &checked);
+    let written = report(args.source.output, &checked, plan.mode);
     if args.name.is_some() && checked.findings.iter().any(|finding| AWAY.contains(&finding.reason)) {
         note(
             "note: this was looked at from here, not from the operator's pod. Where only pods reach the database, use \
@@ -73,7 +74,8 @@ async fn fetch(args: &Check, name: &str) -> Result<Input, ExitCode> {
             };
             let (subject, fix) = (Subject::Connection, Some(Fix::Field(field.into())));
             let finding = Finding { subject, severity: Severity::Blocking, reason, message, fix };
-            report(args.source.output, &early(finding));
+            // No sweep is near, so its mode is not told.
+            report(args.source.output, &early(finding), Mode::default());
             Err(ExitCode::from(1))
         }
     }
@@ -84,9 +86,9 @@ fn early(finding: Finding) -> PreflightReport {
     PreflightReport { findings: vec![finding], ..PreflightReport::default() }
 }
 
-fn report(output: Output, checked: &PreflightReport) -> ExitCode {
+fn report(output: Output, checked: &PreflightReport, mode: Mode) -> ExitCode {
     match output {
-        Output::Text => print(&text_report(checked)),
+        Output::Text => print(&text_report(checked, mode)),
         output => respond(output, &machine_report(checked)),
     }
 }
@@ -119,7 +121,7 @@ fn json_part(part: &Part) -> Value {
 }
 
 /// A line for each thing looked at; then what fixes each finding. What follows these lines is SQL, ready to paste.
-fn text_report(checked: &PreflightReport) -> String {
+fn text_report(checked: &PreflightReport, mode: Mode) -> String {
     let (mut lines, mut unseen) = (vec![], vec![]);
     for subject in [Subject::Connection].into_iter().chain(Subject::LOOKED_AT) {
         let mut line = |state: &str, said: &str| lines.push(format!("{state:<9}{subject:<14}{}", one_line(said)));
@@ -143,7 +145,7 @@ fn text_report(checked: &PreflightReport) -> String {
     let verdict = if checked.ready() { "ready" } else { "not ready" };
     lines.push(format!("\n-- {verdict}: {}, {}", count("error"), count("warning")));
     if checked.blocking().is_none() {
-        lines.push(format!("-- {}", first_sweep(checked.first_sweep.as_ref())));
+        lines.push(format!("-- {}", first_sweep(checked.first_sweep.as_ref(), mode)));
     }
     if checked.findings.iter().any(|finding| matches!(finding.fix, Some(Fix::Sql(_)))) {
         lines.push(
@@ -172,8 +174,8 @@ fn text_report(checked: &PreflightReport) -> String {
     lines.join("\n")
 }
 
-/// To apply the object is what cannot be taken back.
-fn first_sweep(stale: Option<&Backlog>) -> String {
+/// To apply the object is what cannot be taken back, unless it only observes.
+fn first_sweep(stale: Option<&Backlog>, mode: Mode) -> String {
     let Some(stale) = stale else { return "the first sweep: its rows could not be counted in statementTimeout".into() };
     if stale.remaining == 0 {
         return "the first sweep takes no row: none is stale".into();
@@ -182,7 +184,12 @@ fn first_sweep(stale: Option<&Backlog>) -> String {
     let rest = if stale.at_least { ", and more are stale" } else { "" };
     let oldest = stale.oldest_time_started.map(|time| time.to_rfc3339_opts(SecondsFormat::Secs, true));
     let oldest = oldest.map(|time| format!("; the oldest started {time}")).unwrap_or_default();
-    format!("the first sweep takes {rows}{rest}{oldest}. That cannot be undone")
+    match mode {
+        Mode::Apply => format!("the first sweep takes {rows}{rest}{oldest}. That cannot be undone"),
+        Mode::Observe => {
+            format!("mode: Observe changes nothing; with Apply, the first sweep takes {rows}{rest}{oldest}")
+        }
+    }
 }
 
 /// Names may hold anything: none of them ends a comment.

@@ -184,6 +184,10 @@ async fn a_check_of_what_is_ready_exits_with_0_and_says_what_it_saw() {
     log.start_many(4).await;
     let more = stdout(&run("check", &(sweeper(", limit: 3") + &secret(&log.database.uri())), &[], &[]));
     assert!(more.contains("\n-- the first sweep takes 3 rows, and more are stale; the oldest started "), "{more}");
+    assert!(more.contains(". That cannot be undone\n"), "{more}");
+    let observed = stdout(&run("check", &(sweeper(", mode: Observe") + &secret(&log.database.uri())), &[], &[]));
+    let first = "\n-- mode: Observe changes nothing; with Apply, the first sweep takes 4 rows; the oldest started ";
+    assert!(observed.contains(first) && !observed.contains("undone"), "{observed}");
 }
 
 #[tokio::test]

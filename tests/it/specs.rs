@@ -143,7 +143,7 @@ fn refused() -> Vec<(Value, &'static str, &'static str)> {
         (
             json!({ "statementTimeout": "2s", "deadline": "1s" }),
             "spec.statementTimeout",
-            "statementTimeout must not be longer than deadline",
+            "statementTimeout (30s unless set) must not be longer than deadline (5m unless set)",
         ),
         (json!({ "deadline": "25h" }), "spec.deadline", duration),
         (json!({ "historyLimit": 21 }), "spec.historyLimit", ""),
