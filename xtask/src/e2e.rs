@@ -26,8 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(90);
 pub fn run(load_image: &str, host: &str, profile: &str) -> anyhow::Result<()> {
     let tools = Tools::ensure()?;
     let tag = format!("e2e-{}", &random_hex()[..10]);
-    let image = image::build(root(), Some(&format!("{REPOSITORY}:{tag}")), profile)?;
-    println!("{} is {:.1} MB", image.name, image.bytes as f64 / 1e6);
+    let image = image::build(root(), Some(&format!("{REPOSITORY}:{tag}")), &[], profile)?;
+    println!("{} is {:.1} MB", image.name, image.built.iter().map(|part| part.bytes).sum::<u64>() as f64 / 1e6);
     output(Command::new("sh").args(["-c", &format!("{load_image} \"$1\""), "sh"]).arg(&image.path))
         .context("--load-image")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -1,45 +1,60 @@
 //! `cargo xtask image`: the image as an OCI archive, without a daemon: one static binary, and what the Dockerfile says of it.
 
 mod check;
+pub mod platform;
 mod sbom;
 
 use anyhow::{Context, bail, ensure};
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use platform::Platform;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use std::env::consts::ARCH;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use support::build::{Built, cargo, compile, root};
+use support::build::root;
 use support::process::output;
-use support::progress;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// It is pulled on every node that the operator moves to.
-const MOST_BYTES: u64 = 15_000_000;
+/// For each platform: it is pulled on every node that the operator moves to.
+const MOST_BYTES: u64 = 8_000_000;
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 /// An image archive that can be pushed or loaded.
 pub struct Image {
     pub path: PathBuf,
     /// As a registry or a node knows it, tag included.
     pub name: String,
+    /// Of the manifest, or of the index where there are several.
     pub digest: String,
+    pub built: Vec<ForPlatform>,
+}
+
+/// An image's part for one platform.
+pub struct ForPlatform {
+    pub platform: Platform,
+    /// What a node pulls.
     pub bytes: u64,
     /// The bill of materials, beside the archive.
     bill: PathBuf,
     binary: PathBuf,
+    manifest: Value,
+    blobs: Vec<Vec<u8>>,
 }
 
-pub fn run(name: Option<&str>, profile: &str, check: bool) -> anyhow::Result<()> {
-    let image = build(root(), name, profile)?;
+pub fn run(name: Option<&str>, platforms: &[Platform], profile: &str, check: bool) -> anyhow::Result<()> {
+    let image = build(root(), name, platforms, profile)?;
     println!("name    {}", image.name);
     println!("digest  {}", image.digest);
     println!("path    {}", image.path.display());
-    println!("sbom    {}", image.bill.display());
-    println!("size    {:.1} MB", image.bytes as f64 / 1e6);
+    for part in &image.built {
+        let (bill, megabytes) = (part.bill.display(), part.bytes as f64 / 1e6);
+        println!("built   linux/{}, {megabytes:.1} MB; SBOM {bill}", part.platform.architecture());
+    }
     if check { check::run(&image, profile) } else { Ok(()) }
 }
 
@@ -66,95 +81,76 @@ impl Commit {
     }
 }
 
-/// Builds the binary of this checkout and packs it.
-pub fn build(source: &Path, name: Option<&str>, profile: &str) -> anyhow::Result<Image> {
+/// Builds the binary of this checkout for each platform, and packs them. Without a platform: for that of this machine.
+pub fn build(source: &Path, name: Option<&str>, platforms: &[Platform], profile: &str) -> anyhow::Result<Image> {
     let name = name.map_or_else(|| format!("audit-log-sweeper:{VERSION}"), str::to_owned);
     let (_, tag) = name.rsplit_once(':').with_context(|| format!("{name} has no tag: write NAME:TAG"))?;
     let commit = Commit::of(source)?;
-    let created = &commit.created;
-    let dockerfile = fs::read_to_string(source.join("Dockerfile")).context("Dockerfile")?;
-    let mut config = config(&dockerfile, &commit.revision)?;
-    let target = format!("{ARCH}-unknown-linux-gnu");
-    let built = static_binary(source, &target, profile, &commit.revision)?;
+    let host = [Platform::host()];
+    let platforms = if platforms.is_empty() { &host } else { platforms };
+    fs::create_dir_all(source.join("target/image"))?;
+    let built = platforms.iter().map(|platform| for_platform(source, *platform, profile, &commit));
+    let built = built.collect::<anyhow::Result<Vec<_>>>()?;
+
+    let manifests: Vec<&Value> = built.iter().map(|part| &part.manifest).collect();
+    let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": manifests }).to_string().into_bytes();
+    let mut blobs: Vec<&Vec<u8>> = built.iter().flat_map(|part| &part.blobs).collect();
+    // One platform needs no index of its own.
+    let mut entry = match manifests.as_slice() {
+        [one] => (*one).clone(),
+        _ => {
+            blobs.push(&index);
+            descriptor(INDEX, &index)
+        }
+    };
+    let digest = entry["digest"].as_str().context("a descriptor has a digest")?.to_owned();
+    // The first is the standard's, the second what containerd names the image after.
+    entry["annotations"] =
+        json!({ "org.opencontainers.image.ref.name": tag, "io.containerd.image.name": qualified(&name) });
+    let layout = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [entry] });
+
+    let path = source.join(format!("target/image/audit-log-sweeper-{VERSION}.tar"));
+    let mut archive = tar::Builder::new(File::create(&path)?);
+    append(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644, 0)?;
+    append(&mut archive, "index.json", layout.to_string().as_bytes(), 0o644, 0)?;
+    for blob in blobs {
+        append(&mut archive, &format!("blobs/{}", self::digest(blob).replace(':', "/")), blob, 0o644, 0)?;
+    }
+    archive.into_inner()?.sync_all()?;
+    Ok(Image { path, name, digest, built })
+}
+
+fn for_platform(source: &Path, platform: Platform, profile: &str, commit: &Commit) -> anyhow::Result<ForPlatform> {
+    let built = platform.static_binary(source, profile, &commit.revision)?;
     let binary = fs::read(&built.binary)?;
     ensure!(!has_interpreter(&binary), "the binary is not static: it asks for a dynamic loader");
-    let bill = sbom::bill(source, &target, &built, &sha256(&binary), &commit)?;
+    let bill = sbom::bill(source, platform, &built, &sha256(&binary), commit)?;
 
     let layer = layer(&binary, commit.seconds)?;
     let packed = gzip(&layer)?;
-    config["created"] = json!(created);
+    let dockerfile = fs::read_to_string(source.join("Dockerfile")).context("Dockerfile")?;
+    let (mut config, architecture) = (config(&dockerfile, &commit.revision)?, platform.architecture());
+    config["architecture"] = json!(architecture);
+    config["created"] = json!(commit.created);
     config["rootfs"] = json!({ "type": "layers", "diff_ids": [digest(&layer)] });
-    config["history"] = json!([{ "created": created, "created_by": "cargo xtask image" }]);
-
+    config["history"] = json!([{ "created": commit.created, "created_by": "cargo xtask image" }]);
     let config = config.to_string().into_bytes();
     let manifest = json!({
         "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "mediaType": MANIFEST,
         "config": descriptor("application/vnd.oci.image.config.v1+json", &config),
         "layers": [descriptor("application/vnd.oci.image.layer.v1.tar+gzip", &packed)],
     });
     let manifest = manifest.to_string().into_bytes();
-    let mut entry = descriptor("application/vnd.oci.image.manifest.v1+json", &manifest);
-    // The first is the standard's, the second what containerd names the image after.
-    entry["annotations"] =
-        json!({ "org.opencontainers.image.ref.name": tag, "io.containerd.image.name": qualified(&name) });
-    let index = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [entry],
-    });
+    let mut entry = descriptor(MANIFEST, &manifest);
+    entry["platform"] = json!({ "architecture": architecture, "os": "linux" });
 
-    let path = source.join(format!("target/image/audit-log-sweeper-{VERSION}.tar"));
-    fs::create_dir_all(path.parent().expect("it is in a folder"))?;
-    let mut archive = tar::Builder::new(File::create(&path)?);
-    append(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644, 0)?;
-    append(&mut archive, "index.json", index.to_string().as_bytes(), 0o644, 0)?;
-    for blob in [&packed, &config, &manifest] {
-        append(&mut archive, &format!("blobs/{}", digest(blob).replace(':', "/")), blob, 0o644, 0)?;
-    }
-    archive.into_inner()?.sync_all()?;
-    let beside = path.with_extension("cdx.json");
+    let beside = source.join(format!("target/image/audit-log-sweeper-{VERSION}-linux-{architecture}.cdx.json"));
     fs::write(&beside, bill)?;
-    let bytes = fs::metadata(&path)?.len();
-    ensure!(bytes < MOST_BYTES, "{} has {bytes} bytes; at most {MOST_BYTES} are wanted", path.display());
-    Ok(Image { path, name, digest: digest(&manifest), bytes, bill: beside, binary: built.binary })
-}
-
-/// Builds the operator without any library that it would have to find in the image.
-fn static_binary(source: &Path, target: &str, profile: &str, revision: &str) -> anyhow::Result<Built> {
-    // Before that, looking up a name loads libraries, which an empty image does not have.
-    let libc = glibc()?;
-    let minor = libc.strip_prefix("2.").and_then(|minor| minor.parse::<u32>().ok());
-    ensure!(minor >= Some(34), "glibc 2.34 or newer is needed, whose static binaries look names up; this is {libc}");
-
-    progress::note(&format!("Building the static binary ({profile})"));
-    let mut build = cargo();
-    build.current_dir(source).args([
-        "build",
-        "--locked",
-        "--bin",
-        "audit-log-sweeper",
-        "--profile",
-        profile,
-        "--target",
-        target,
-    ]);
-    if source != root() {
-        // Whatever the environment says, or nothing would be built again.
-        build.env("CARGO_TARGET_DIR", source.join("target"));
-    }
-    // No place of this machine in the binary: two checkouts make the same.
-    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
-    let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))).context("there is no home folder")?;
-    let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
-    let flags = ["-Ctarget-feature=+crt-static".into(), remap(source, "/src"), remap(&home, "/cargo")];
-    build.env("AUDIT_LOG_SWEEPER_REVISION", revision);
-    build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
-    compile(build)
-}
-
-/// The version of the C library that a static binary gets.
-fn glibc() -> anyhow::Result<String> {
-    let libc = output(Command::new("getconf").arg("GNU_LIBC_VERSION")).context("glibc is needed")?;
-    Ok(libc.trim().strip_prefix("glibc ").context("glibc is needed")?.to_owned())
+    let blobs = vec![packed, config, manifest];
+    let bytes = blobs.iter().map(|blob| blob.len() as u64).sum();
+    ensure!(bytes < MOST_BYTES, "the image for {architecture} has {bytes} bytes; at most {MOST_BYTES} are wanted");
+    Ok(ForPlatform { platform, bytes, bill: beside, binary: built.binary, manifest: entry, blobs })
 }
 
 /// Whether an ELF binary (64 bits, little endian) names a dynamic loader.
@@ -187,8 +183,7 @@ fn config(dockerfile: &str, revision: &str) -> anyhow::Result<Value> {
         }
     }
     config["Labels"] = labels.into();
-    let architecture = if ARCH == "x86_64" { "amd64" } else { "arm64" };
-    Ok(json!({ "architecture": architecture, "os": "linux", "config": config }))
+    Ok(json!({ "os": "linux", "config": config }))
 }
 
 fn layer(binary: &[u8], seconds: u64) -> anyhow::Result<Vec<u8>> {

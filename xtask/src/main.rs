@@ -9,6 +9,7 @@ mod mutants;
 mod test;
 
 use clap::{Parser, Subcommand};
+use image::platform::Platform;
 use std::process::ExitCode;
 
 /// Develops audit-log-sweeper.
@@ -51,6 +52,9 @@ enum Task {
         /// What the image is called: NAME:TAG [default: audit-log-sweeper and the version]
         #[arg(long)]
         name: Option<String>,
+        /// What it runs on; several, with commas between, make one index [default: this machine's]
+        #[arg(long, value_delimiter = ',')]
+        platform: Vec<Platform>,
         /// The profile of the build
         #[arg(long, default_value = "release")]
         profile: String,
@@ -115,8 +119,8 @@ fn main() -> ExitCode {
         Task::History { seconds, seed } => long::history(seconds, seed),
         Task::Chaos { seconds, seed } => long::chaos(seconds, seed),
         Task::Crowd { hundreds } => long::crowd(hundreds),
-        Task::Image { name, profile, check } => {
-            image::run(name.as_deref(), &profile, check).map(|()| ExitCode::SUCCESS)
+        Task::Image { name, platform, profile, check } => {
+            image::run(name.as_deref(), &platform, &profile, check).map(|()| ExitCode::SUCCESS)
         }
         Task::E2e { load_image, database_host, profile } => {
             e2e::run(&load_image, &database_host, &profile).map(|()| ExitCode::SUCCESS)

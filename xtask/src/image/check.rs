@@ -1,6 +1,7 @@
 //! `cargo xtask image --check`: that a commit makes one image wherever it is built, and that its binary is ready at once.
 
-use super::{Image, VERSION, build};
+use super::platform::Platform;
+use super::{ForPlatform, Image, VERSION, build};
 use anyhow::{Context, bail, ensure};
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
@@ -33,15 +34,23 @@ fn same_elsewhere(image: &Image, profile: &str) -> anyhow::Result<()> {
     let clone = scratch.path().join("a clone");
     git(&["clone", "--quiet", ".", &clone.display().to_string()])?;
     let (_, tag) = image.name.rsplit_once(':').unwrap_or((&image.name, VERSION));
-    let other = build(&clone, Some(&format!("elsewhere:{tag}")), profile)?;
+    let platforms: Vec<_> = image.built.iter().map(|part| part.platform).collect();
+    let other = build(&clone, Some(&format!("elsewhere:{tag}")), &platforms, profile)?;
     ensure!(other.digest == image.digest, "a clone of this commit makes another image: {}", other.digest);
-    ensure!(fs::read(&other.bill)? == fs::read(&image.bill)?, "a clone of this commit has another bill of materials");
+    for (there, here) in other.built.iter().zip(&image.built) {
+        ensure!(
+            fs::read(&there.bill)? == fs::read(&here.bill)?,
+            "a clone of this commit has another bill of materials"
+        );
+    }
     println!("same    image and bill of materials, built again from a clone in another folder");
     Ok(())
 }
 
 /// Starts the image's binary against a real API server that has the CRD.
 async fn ready_in_time(image: &Image) -> anyhow::Result<()> {
+    let runs_here = image.built.iter().find(|part| part.platform == Platform::host());
+    let Some(ForPlatform { binary, .. }) = runs_here else { return Ok(()) };
     let plane = ControlPlane::start(&Tools::ensure()?).await?;
     output(plane.kubectl().args(["create", "-f"]).arg(root().join(crate::generate::CRD[0])))?;
     output(plane.kubectl().args(["wait", "crd", "--all", "--for=condition=Established", "--timeout=30s"]))?;
@@ -49,7 +58,7 @@ async fn ready_in_time(image: &Image) -> anyhow::Result<()> {
     for _ in 0..STARTS {
         let scratch = Scratch::new(None)?;
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-        let program = Program::ours("operator", &image.binary)
+        let program = Program::ours("operator", binary)
             .arg("run")
             .arg(format!("--health-address=127.0.0.1:{port}"))
             .env("KUBECONFIG", plane.kubeconfig());

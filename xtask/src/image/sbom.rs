@@ -1,6 +1,7 @@
 //! The bill of materials beside the image, as CycloneDX 1.5: every crate in its binary, with version, licence and checksum.
 
 use super::Commit;
+use super::platform::Platform;
 use anyhow::{Context, ensure};
 use cyclonedx_bom::models::component::Classification;
 use cyclonedx_bom::models::hash::{Hash, HashAlgorithm, HashValue, Hashes};
@@ -22,7 +23,7 @@ const OPERATOR: &str = "audit-log-sweeper";
 /// When a crate has no licence or no checksum, or when cargo's resolver says that other crates belong in the binary.
 pub(super) fn bill(
     source: &Path,
-    target: &str,
+    platform: Platform,
     built: &Built,
     sha256: &str,
     commit: &Commit,
@@ -31,6 +32,7 @@ pub(super) fn bill(
     let metadata: Value = serde_json::from_str(&metadata)?;
     let lock: toml::Table = fs::read_to_string(source.join("Cargo.lock"))?.parse().context("Cargo.lock")?;
     let checksums = checksums(&lock);
+    let target = platform.target();
     let linked = linked(&built.artifacts, target);
 
     // In the order of their names and versions, whatever order the build had.
@@ -57,7 +59,8 @@ pub(super) fn bill(
     let rustc = output(Command::new("rustc").arg("--version").current_dir(source))?;
     let rust = rustc.split(' ').nth(1).context("rustc names no version")?;
     let std = component(Classification::Library, ("generic", "rust-std", rust), "MIT OR Apache-2.0", None)?;
-    let glibc = component(Classification::Library, ("generic", "glibc", &super::glibc()?), "LGPL-2.1-or-later", None)?;
+    let glibc =
+        component(Classification::Library, ("generic", "glibc", &platform.glibc()?), "LGPL-2.1-or-later", None)?;
 
     let bom = Bom {
         serial_number: None,
