@@ -107,6 +107,9 @@ enum Task {
         /// Leave everything running until Ctrl-C, to try more
         #[arg(long)]
         keep: bool,
+        /// Build the operator for that platform; in qemu-user, where it is not this machine's
+        #[arg(long)]
+        platform: Option<Platform>,
     },
 }
 
@@ -128,7 +131,7 @@ fn main() -> ExitCode {
         Task::Bench { bench } => bench::run(&bench),
         Task::Mutants => mutants::run(),
         Task::Generate { check } => generate::run(check).map(|()| ExitCode::SUCCESS),
-        Task::Demo { keep } => demo::run(keep).map(|()| ExitCode::SUCCESS),
+        Task::Demo { keep, platform } => demo::run(keep, platform).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

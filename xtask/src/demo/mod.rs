@@ -4,10 +4,13 @@ mod screen;
 mod table;
 
 use crate::generate;
+use crate::image::platform::Platform;
 use anyhow::{Context, bail, ensure};
 use screen::{Rows, Screen};
-use serde_json::Value;
-use std::path::Path;
+use serde_json::{Value, json};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 use support::build::{build_operator, root};
 use support::control_plane::ControlPlane;
@@ -37,16 +40,23 @@ spec:
 ";
 const SWEEPS: [i64; 4] = [1000, 1000, 500, 0];
 
+/// Rows that are swept by hand.
+const BY_HAND: i64 = 3;
+
 /// A sweep is due every 5 s; this is how long one may be late.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-pub fn run(keep: bool) -> anyhow::Result<()> {
+/// `platform`: the operator is built for that, and runs in an emulator where it is not this machine's.
+pub fn run(keep: bool, platform: Option<Platform>) -> anyhow::Result<()> {
     for file in generate::CRD {
         ensure!(root().join(file).is_file(), "{file} is missing: run `cargo xtask generate`");
     }
     let tools = Tools::ensure()?;
     let binaries = Binaries::ensure()?;
-    let operator = build_operator("dev")?;
+    let operator = match platform {
+        None => vec![build_operator("dev")?],
+        Some(platform) => platform.program()?,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         tokio::select! {
@@ -58,7 +68,7 @@ pub fn run(keep: bool) -> anyhow::Result<()> {
     })
 }
 
-async fn demo(tools: &Tools, binaries: Binaries, operator: &Path, keep: bool) -> anyhow::Result<()> {
+async fn demo(tools: &Tools, binaries: Binaries, operator: &[PathBuf], keep: bool) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut screen = Screen::new();
     screen.heading("A Kubernetes control plane and a PostgreSQL server");
@@ -95,7 +105,7 @@ struct Demo<'parts> {
 }
 
 impl Demo<'_> {
-    async fn play(&mut self, screen: &mut Screen, operator: &Path) -> anyhow::Result<()> {
+    async fn play(&mut self, screen: &mut Screen, operator: &[PathBuf]) -> anyhow::Result<()> {
         screen.heading("An audit log, and a login that may do nothing but sweep it");
         let password = random_hex();
         let table = Table::make(screen, self.postgres, &password).await?;
@@ -126,7 +136,45 @@ impl Demo<'_> {
         table.check(screen, &before).await?;
         let shown = screen.run(&mut self.control_plane.kubectl(), &["get", "als", "-n", "demo"])?;
         screen.say(&shown);
+        self.by_hand(screen, operator, &table, &password).await
+    }
+
+    /// The same program as a command: a check, and one sweep.
+    async fn by_hand(
+        &self,
+        screen: &mut Screen,
+        operator: &[PathBuf],
+        table: &Table<'_>,
+        password: &str,
+    ) -> anyhow::Result<()> {
+        screen.heading("By hand, while the operator is suspended");
+        let suspend = |suspend| format!("{{\"spec\":{{\"suspend\":{suspend}}}}}");
+        let patch = ["patch", "als", "app", "-n", "demo", "--type=merge", "-p"];
+        screen.run(&mut self.control_plane.kubectl(), &[&patch[..], &[&suspend(true)]].concat())?;
+        let suspended = ["wait", "als/app", "-n", "demo", "--for=condition=Suspended", "--timeout=20s"];
+        output(self.control_plane.kubectl().args(suspended))?;
+        table.crash(screen, BY_HAND).await?;
+
+        let secret = |name, key, value| json!({ "apiVersion": "v1", "kind": "Secret", "metadata": { "name": name }, "stringData": { key: value } });
+        let secrets =
+            [secret("app-db", "uri", self.uri(password)), secret("app-db-ca", "ca.crt", self.postgres.ca_pem())];
+        let file =
+            self.scratch.write("by-hand.yaml", format!("{SAMPLE}---\n{}\n---\n{}", secrets[0], secrets[1]), None)?;
+        let run = |command: &str, more: &[&str]| {
+            let (first, rest) = operator.split_first().context("a program has a name")?;
+            screen.command(&format!("audit-log-sweeper {command} -f by-hand.yaml {}", more.join(" ")));
+            output(Command::new(first).args(rest).args([command, "-f"]).arg(&file).args(more))
+        };
+        screen.say(&run("check", &[])?);
+        let swept: Value = serde_json::from_str(&run("sweep", &["--output", "json"])?)?;
+        ensure!(swept["timedOut"] == BY_HAND, "expected {BY_HAND} rows, found {swept:#}");
+        table.check_late(screen, BY_HAND).await?;
+        output(self.control_plane.kubectl().args(patch).arg(suspend(false)))?;
         Ok(())
+    }
+
+    fn uri(&self, password: &str) -> String {
+        format!("postgresql://app_sweeper:{password}@127.0.0.1:{}/app", self.postgres.port())
     }
 
     async fn install(&self, screen: &Screen) -> anyhow::Result<()> {
@@ -140,7 +188,7 @@ impl Demo<'_> {
         Ok(())
     }
 
-    async fn start(&mut self, screen: &Screen, operator: &Path) -> anyhow::Result<()> {
+    async fn start(&mut self, screen: &Screen, operator: &[PathBuf]) -> anyhow::Result<()> {
         screen.say(
             "This cluster has no nodes, so the chart's pod never runs. Its program is started here instead, as the",
         );
@@ -150,14 +198,15 @@ impl Demo<'_> {
         screen.run(&mut self.control_plane.kubectl(), &["create", "namespace", "demo"])?;
         screen.command("audit-log-sweeper run --lease-namespace sweeper");
         let program = ["run", "--lease-namespace", "sweeper", "--health-address", "127.0.0.1:0"];
-        let program = program.into_iter().fold(Program::new("operator", operator), Program::arg);
+        let (first, rest) = operator.split_first().context("a program has a name")?;
+        let program = rest.iter().map(OsStr::new).chain(program.map(OsStr::new));
+        let program = program.fold(Program::new("operator", first), Program::arg);
         self.operator = Some(program.env("KUBECONFIG", kubeconfig).start(self.scratch)?);
         Ok(())
     }
 
     fn apply(&self, screen: &Screen, password: &str) -> anyhow::Result<()> {
-        let uri =
-            |password: &str| format!("uri=postgresql://app_sweeper:{password}@127.0.0.1:{}/app", self.postgres.port());
+        let uri = |password: &str| format!("uri={}", self.uri(password));
         let create = ["create", "secret", "generic", "-n", "demo"];
         screen.command(&format!("kubectl {} app-db --from-literal='{}'", create.join(" "), uri("...")));
         output(

@@ -18,6 +18,9 @@ const FILL: &str = "
         'user_builtin', COMPLETION, 'access_token', gen_random_uuid()
     FROM generate_series(1, COUNT) AS n, LATERAL (SELECT now() - (AGE) AS started) AS row";
 
+/// The columns of the completion, of a row that has none.
+const OPEN: &str = "NULL, NULL, NULL, NULL";
+
 /// How the application completes a row: never one that is complete already.
 const LATE: &str = "UPDATE audit_log SET time_completed = now(), result_kind = 'success', http_status_code = 200 WHERE id = $1 AND time_completed IS NULL";
 
@@ -50,19 +53,36 @@ impl<'server> Table<'server> {
 
         let done = "started + interval '120 ms', 200 + n % 10 / 9 * 300, CASE n % 10 WHEN 9 THEN 'it broke' END,
             (CASE n % 10 WHEN 9 THEN 'error' ELSE 'success' END)::audit_log_result_kind";
-        let open = "NULL, NULL, NULL, NULL";
+        let table = Table { server };
         for (kind, count, age, completion) in [
             ("completed", COMPLETED, "n * interval '13 s'", done),
-            ("stale", STALE, "interval '5 h' + n * interval '36 s'", open),
-            ("recent", RECENT, "n * interval '1 min'", open),
+            ("stale", STALE, "interval '5 h' + n * interval '36 s'", OPEN),
+            ("recent", RECENT, "n * interval '1 min'", OPEN),
         ] {
-            let sql = FILL.replace("KIND", &format!("'{kind}-'")).replace("COUNT", &count.to_string());
-            client.batch_execute(&sql.replace("AGE", age).replace("COMPLETION", completion)).await?;
+            table.fill(kind, count, age, completion).await?;
         }
         client.batch_execute("ANALYZE audit_log").await?;
         screen
             .say(&format!("{COMPLETED} rows are complete, {STALE} open for 5 to 30 hours, {RECENT} open for minutes"));
-        Ok(Table { server })
+        Ok(table)
+    }
+
+    async fn fill(&self, kind: &str, count: i64, age: &str, completion: &str) -> anyhow::Result<()> {
+        let sql = FILL.replace("KIND", &format!("'{kind}-'")).replace("COUNT", &count.to_string());
+        let client = self.server.connect("app").await?;
+        Ok(client.batch_execute(&sql.replace("AGE", age).replace("COMPLETION", completion)).await?)
+    }
+
+    /// More rows whose request has crashed.
+    pub async fn crash(&self, screen: &Screen, count: i64) -> anyhow::Result<()> {
+        screen.say(&format!("{count} more rows are open for 5 hours"));
+        self.fill("late", count, "interval '5 h'", OPEN).await
+    }
+
+    /// What a sweep by hand made of the rows of [`Table::crash`].
+    pub async fn check_late(&self, screen: &Screen, count: i64) -> anyhow::Result<()> {
+        let swept = "SELECT count(*) FROM audit_log WHERE result_kind = 'timeout' AND request_id LIKE 'late-%'";
+        screen.check("rows that timed out by hand", self.ask(swept).await?, count)
     }
 
     async fn ask(&self, sql: &str) -> anyhow::Result<String> {

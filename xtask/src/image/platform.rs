@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use support::build::{Built, cargo, compile, root};
 use support::process::output;
 use support::progress;
+use support::prometheus::installed;
 
 /// A platform, by the name that registries and `docker build --platform` have for it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
@@ -70,6 +71,22 @@ impl Platform {
             Self::Arm64 => "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
         };
         format!("there is no {} (Debian and Ubuntu: `apt-get install {packages}`)", self.compiler())
+    }
+
+    /// How to run a static binary for it, which is built here: the words of the command line.
+    pub fn program(self) -> anyhow::Result<Vec<PathBuf>> {
+        let emulator = match self {
+            _ if self == Self::host() => None,
+            Self::Amd64 => Some("qemu-x86_64-static"),
+            Self::Arm64 => Some("qemu-aarch64-static"),
+        };
+        let emulator = emulator.map(|name| {
+            let missing = format!("{name} is needed (Debian and Ubuntu: `apt-get install qemu-user-static`)");
+            installed(name).context(missing)
+        });
+        let emulator = emulator.transpose()?;
+        let binary = self.static_binary(root(), "dev", "")?.binary;
+        Ok(emulator.into_iter().chain([binary]).collect())
     }
 
     /// Builds the operator without any library that it would have to find in the image.
