@@ -24,7 +24,7 @@ pub fn crowd(hundreds: u64) -> anyhow::Result<ExitCode> {
 fn play(test: &str, settings: &[(&str, u64)]) -> anyhow::Result<ExitCode> {
     Binaries::ensure()?;
     let mut run = cargo();
-    run.args(["test", "--locked", "--test", "it", "--", "--exact", "--nocapture", test]);
+    run.args(["test", "--locked", "--workspace", "--test", "it", "--", "--exact", "--nocapture", test]);
     run.envs(settings.iter().map(|(name, value)| (name, value.to_string())));
     let status = run.status().context("cargo cannot be started")?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

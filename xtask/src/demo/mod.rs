@@ -155,14 +155,14 @@ impl Demo<'_> {
         output(self.control_plane.kubectl().args(suspended))?;
         table.crash(screen, BY_HAND).await?;
 
-        let secret = |name, key, value| json!({ "apiVersion": "v1", "kind": "Secret", "metadata": { "name": name }, "stringData": { key: value } });
+        let secret = |name: &str, key: &str, value: String| json!({ "apiVersion": "v1", "kind": "Secret", "metadata": { "name": name }, "stringData": { key: value } });
         let secrets =
             [secret("app-db", "uri", self.uri(password)), secret("app-db-ca", "ca.crt", self.postgres.ca_pem())];
         let file =
             self.scratch.write("by-hand.yaml", format!("{SAMPLE}---\n{}\n---\n{}", secrets[0], secrets[1]), None)?;
         let run = |command: &str, more: &[&str]| {
             let (first, rest) = operator.split_first().context("a program has a name")?;
-            screen.command(&format!("audit-log-sweeper {command} -f by-hand.yaml {}", more.join(" ")));
+            screen.command(format!("audit-log-sweeper {command} -f by-hand.yaml {}", more.join(" ")).trim_end());
             output(Command::new(first).args(rest).args([command, "-f"]).arg(&file).args(more))
         };
         screen.say(&run("check", &[])?);
