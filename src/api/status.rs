@@ -1,6 +1,6 @@
 //! What users read: the status subresource. Every string has a bound here, and the setters cut to it.
 
-use chrono::{DateTime, NaiveDateTime, SubsecRound, Utc};
+use chrono::{DateTime, NaiveDateTime, SubsecRound, TimeDelta, Utc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::KubeSchema;
 use schemars::JsonSchema;
@@ -261,16 +261,18 @@ impl ResumeAfter {
     /// place in the future would hide every row.
     pub fn is_plausible(&self, now: DateTime<Utc>) -> bool {
         let time = |text: &str| {
-            let Some(time) = text.strip_suffix("+00") else {
-                return text == "-infinity"
-                    || text.strip_suffix("+00 BC").is_some_and(|time| calendar_time(time).is_some());
-            };
-            calendar_time(time).is_some_and(|time| time.and_utc() <= now)
+            let (text, is_ancient) = text.strip_suffix(" BC").map_or((text, false), |text| (text, true));
+            // A `timestamp` is written without a zone; the clocks of some zones are ahead of UTC.
+            let (text, latest) = text.strip_suffix("+00").map_or((text, now + MAX_OFFSET), |text| (text, now));
+            text == "-infinity" || calendar_time(text).is_some_and(|time| is_ancient || time.and_utc() <= latest)
         };
         let key = |id: &String| id.len() <= 36 && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
         time(&self.time_started) && self.id.as_ref().is_none_or(key)
     }
 }
+
+/// The clock of no zone is further ahead of UTC.
+const MAX_OFFSET: TimeDelta = TimeDelta::hours(14);
 
 /// A time as PostgreSQL writes it, without its zone.
 fn calendar_time(text: &str) -> Option<NaiveDateTime> {
@@ -327,11 +329,12 @@ mod tests {
         };
         assert!(is_plausible("2026-11-22 10:00:00.123456+00", Some("0f8fad5b-d9cb-469f-a165-70867728950e")));
         assert!(is_plausible("2026-11-22 10:00:00+00", Some("-17")));
-        for time in ["-infinity", "0044-03-15 12:00:00+00 BC", "2026-11-27 10:00:00+00"] {
+        let local = ["2026-11-22 10:00:00", "2026-11-28 00:00:00", "0044-03-15 12:00:00.5 BC"];
+        for time in ["-infinity", "0044-03-15 12:00:00+00 BC", "2026-11-27 10:00:00+00"].into_iter().chain(local) {
             assert!(is_plausible(time, None), "{time}");
         }
         for time in
-            ["infinity", "2026-11-27 10:00:01+00", "9999-12-31 00:00:00+00", "yesterday", "", "2026-11-22 10:00:00"]
+            ["infinity", "2026-11-27 10:00:01+00", "9999-12-31 00:00:00+00", "yesterday", "", "2026-11-28 00:00:01"]
         {
             assert!(!is_plausible(time, None), "{time}");
         }

@@ -226,10 +226,22 @@ async fn the_time_that_a_check_takes_is_no_skew_of_clocks() {
 
 #[tokio::test]
 async fn a_retry_behind_refused_rows_forgets_none_of_them() {
-    let (log, operator) = (AuditTable::new().await, Operator::new().await);
+    retries_behind_refused_rows(&AuditTable::new().await).await;
+}
+
+#[tokio::test]
+async fn a_retry_behind_refused_rows_finds_its_place_by_a_time_without_a_zone() {
+    let log = AuditTable::new().await;
+    log.run("DROP VIEW audit_log_complete; ALTER TABLE audit_log ALTER time_started TYPE timestamp USING time_started AT TIME ZONE 'UTC'").await;
+    log.run("SET TimeZone = 'UTC'").await;
+    retries_behind_refused_rows(&log).await;
+}
+
+async fn retries_behind_refused_rows(log: &AuditTable) {
+    let operator = Operator::new().await;
     log.start_many(20).await;
     log.before_update("IF right(NEW.id::text, 2)::int <= 8 THEN RAISE EXCEPTION 'no'; END IF;").await;
-    operator.secret_for(&log).await;
+    operator.secret_for(log).await;
     operator.apply("app", json!({ "timeout": "1h" })).await;
     // Eight in a row end the first attempt; the retry finds none behind them.
     let status = operator.until("app", "the retry", |s| s["lastSweep"]["attempts"] == json!(2)).await;
