@@ -14,6 +14,9 @@ use crate::api::spec::{Database, SecretKeyRef, Tls, TlsMode};
 /// The key that holds the CA in a Secret named by `caSecretRef`.
 const CA_KEY: &str = "ca.crt";
 
+/// The key beside the URI that holds the CA in a Secret of the Service Binding specification.
+const BINDING_CA_KEY: &str = "certificates";
+
 /// The keys of a Secret named by `clientCertSecretRef`: as in Secrets of type kubernetes.io/tls.
 const CLIENT_KEYS: [&str; 2] = ["tls.crt", "tls.key"];
 
@@ -93,10 +96,16 @@ impl Credentials {
             data(name).get(key).map(|value| value.0.clone()).ok_or_else(|| missing(data(name), name, key))
         };
         let SecretKeyRef { name, key } = &database.secret_ref;
-        let uri = uri.map_or_else(|| self::uri(data(name), namespace, name, key.as_deref()), Ok)?;
+        let has_client = encrypted(database).is_some_and(|tls| tls.client_cert_secret_ref.is_some());
+        let uri = uri.map_or_else(|| self::uri(data(name), namespace, name, key.as_deref(), has_client), Ok)?;
         let mut credentials = Self::new(uri);
+        if database.tls.as_ref().is_none_or(|tls| tls.mode != Some(TlsMode::Disable)) {
+            let bound = data(name).get(BINDING_CA_KEY).map(|value| value.0.clone());
+            credentials.ca = bound.filter(|pem| !pem.is_empty());
+        }
         if let Some(tls) = encrypted(database) {
-            credentials.ca = tls.ca_secret_ref.as_ref().map(|ca| binary(&ca.name, CA_KEY)).transpose()?;
+            let named = tls.ca_secret_ref.as_ref().map(|ca| binary(&ca.name, CA_KEY)).transpose()?;
+            credentials.ca = named.or(credentials.ca);
             let [certificate, key] = CLIENT_KEYS;
             credentials.client = match &tls.client_cert_secret_ref {
                 None => None,
@@ -157,11 +166,17 @@ impl CredentialsError {
 }
 
 /// The connection URI in the Secret `name` of `namespace`: under `key` if that is given, else under the keys that
-/// operators for PostgreSQL use.
+/// operators for PostgreSQL and the Service Binding specification use. With a client certificate, it needs no password.
 ///
 /// # Errors
 /// When a key is missing or is not text.
-fn uri(data: &SecretData, namespace: &str, name: &str, key: Option<&str>) -> Result<ConnectionUri, CredentialsError> {
+fn uri(
+    data: &SecretData,
+    namespace: &str,
+    name: &str,
+    key: Option<&str>,
+    has_client: bool,
+) -> Result<ConnectionUri, CredentialsError> {
     if let Some(key) = key {
         return text(data, name, key)?.map(ConnectionUri::new).ok_or_else(|| missing(data, name, key));
     }
@@ -176,9 +191,12 @@ fn uri(data: &SecretData, namespace: &str, name: &str, key: Option<&str>) -> Res
     let Some(host) = part("host")? else {
         return Err(CredentialsError::NoKnownKey { secret: name.into(), present: keys(data) });
     };
-    let required = |key| part(key)?.ok_or_else(|| missing(data, name, key));
-    let user = part("user")?.or(part("username")?).ok_or_else(|| missing(data, name, "user"))?;
-    let (dbname, password) = (required("dbname")?, required("password")?);
+    let either = |key, other| part(key)?.or(part(other)?).ok_or_else(|| missing(data, name, key));
+    let (user, dbname) = (either("user", "username")?, either("dbname", "database")?);
+    let password = part("password")?;
+    if password.is_none() && !has_client {
+        return Err(missing(data, name, "password"));
+    }
     // A name without a dot is a Service of the Secret's own namespace.
     let qualified = |host: &str| match host.trim() {
         host if host.eq_ignore_ascii_case("localhost") || host.contains(['.', ':', '/']) => bracketed(host),
@@ -193,8 +211,10 @@ fn uri(data: &SecretData, namespace: &str, name: &str, key: Option<&str>) -> Res
         return Err(port());
     }
     let hosts: Vec<_> = hosts.iter().zip(ports.iter().cycle()).map(|(host, port)| format!("{host}:{port}")).collect();
-    let [user, password, dbname] = [user, password, dbname].map(|part| encode(part.trim_end_matches(['\r', '\n'])));
-    Ok(ConnectionUri::new(&format!("postgresql://{user}:{password}@{}/{dbname}", hosts.join(","))))
+    let encoded = |part: &str| encode(part.trim_end_matches(['\r', '\n']));
+    let password = password.map(|password| format!(":{}", encoded(password))).unwrap_or_default();
+    let (user, dbname) = (encoded(user), encoded(dbname));
+    Ok(ConnectionUri::new(&format!("postgresql://{user}{password}@{}/{dbname}", hosts.join(","))))
 }
 
 fn text<'a>(data: &'a SecretData, secret: &str, key: &str) -> Result<Option<&'a str>, CredentialsError> {
@@ -242,7 +262,7 @@ mod tests {
     }
 
     fn found(pairs: &[(&str, &str)], key: Option<&str>) -> String {
-        uri(&data(pairs), "ns", "db", key).unwrap().expose().to_owned()
+        uri(&data(pairs), "ns", "db", key, false).unwrap().expose().to_owned()
     }
 
     #[test]
@@ -282,8 +302,43 @@ mod tests {
         assert_eq!(found(&each, None), "postgresql://u:x@a.b:1,LocalHost:2/d");
         let socket = [("host", "/run/postgresql"), ("dbname", "d"), ("user", "u"), ("password", "x")];
         assert_eq!(found(&socket, None), "postgresql://u:x@%2Frun%2Fpostgresql:5432/d");
+        let binding =
+            [("host", "a.b"), ("database", "d"), ("username", "u"), ("password", "x"), ("type", "postgresql")];
+        assert_eq!(found(&binding, None), "postgresql://u:x@a.b:5432/d");
         let six = [("host", "fd00::1"), ("dbname", "app"), ("user", "app"), ("password", "x")];
         assert_eq!(found(&six, None), "postgresql://app:x@[fd00::1]:5432/app");
+    }
+
+    fn read(tls: serde_json::Value, keys: &[(&str, &str)]) -> Result<Credentials, CredentialsError> {
+        let database = serde_json::json!({ "secretRef": { "name": "db" }, "tls": tls });
+        let secrets = [
+            ("db", data(keys)),
+            ("ca", data(&[("ca.crt", "named")])),
+            ("client", data(&[("tls.crt", "c"), ("tls.key", "k")])),
+        ];
+        let secrets = secrets.into_iter().map(|(name, data)| (name.to_owned(), data)).collect();
+        Credentials::read(&serde_json::from_value(database).unwrap(), "ns", &secrets, None)
+    }
+
+    #[test]
+    fn a_client_certificate_needs_no_password() {
+        let keys = [("host", "a.b"), ("dbname", "d"), ("user", "u")];
+        let client = serde_json::json!({ "clientCertSecretRef": { "name": "client" } });
+        assert_eq!(read(client.clone(), &keys).unwrap().uri.expose(), "postgresql://u@a.b:5432/d");
+        let both = [keys.as_slice(), &[("password", "x")]].concat();
+        assert_eq!(read(client, &both).unwrap().uri.expose(), "postgresql://u:x@a.b:5432/d");
+        let error = read(serde_json::json!({}), &keys).unwrap_err().to_string();
+        assert!(error.starts_with("Secret db has no key password,"), "{error}");
+    }
+
+    #[test]
+    fn the_ca_of_a_service_binding_is_trusted_unless_another_is_named_or_nothing_is_verified() {
+        let keys = [("uri", "postgresql://u:x@a.b/d"), ("certificates", "bound")];
+        let ca = |tls| read(tls, &keys).unwrap().ca.map(|ca| String::from_utf8(ca).unwrap());
+        assert_eq!(ca(serde_json::Value::Null).as_deref(), Some("bound"));
+        assert_eq!(ca(serde_json::json!({ "mode": "VerifyCA" })).as_deref(), Some("bound"));
+        assert_eq!(ca(serde_json::json!({ "caSecretRef": { "name": "ca" } })).as_deref(), Some("named"));
+        assert_eq!(ca(serde_json::json!({ "mode": "Disable" })), None);
     }
 
     #[test]
@@ -291,7 +346,7 @@ mod tests {
         let with = |key: &'static str, value: &'static str| {
             let whole = [("host", "h"), ("dbname", "d"), ("user", "u"), ("password", "x"), ("port", "1")];
             let parts: Vec<_> = whole.map(|(k, v)| if k == key { (k, value) } else { (k, v) }).to_vec();
-            uri(&data(&parts), "ns", "db", None).unwrap_err().to_string()
+            uri(&data(&parts), "ns", "db", None, false).unwrap_err().to_string()
         };
         for bad in ["0", "65536", "1,hunter2", "1@hunter2", "1,2", "hunter2"] {
             let error = with("port", bad);
@@ -309,10 +364,10 @@ mod tests {
     #[test]
     fn errors_name_the_keys_that_are_there_and_no_value() {
         let secret = data(&[("url", "postgresql://u:hunter2@h/d")]);
-        let error = uri(&secret, "ns", "db", Some("uri")).unwrap_err();
+        let error = uri(&secret, "ns", "db", Some("uri"), false).unwrap_err();
         assert_eq!(error.reason(), Reason::SecretKeyMissing);
         assert_eq!(error.to_string(), "Secret db has no key uri, or an empty one; its keys are: url");
-        let error = uri(&secret, "ns", "db", None).unwrap_err().to_string();
+        let error = uri(&secret, "ns", "db", None, false).unwrap_err().to_string();
         assert!(error.contains("spec.database.secretRef.key") && !error.contains("hunter2"), "{error}");
         assert!(!format!("{:?}", ConnectionUri::new("postgresql://u:hunter2@h/d")).contains("hunter2"));
     }

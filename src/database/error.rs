@@ -25,7 +25,7 @@ pub enum Error {
     ClientCertificate(&'static str),
     /// The spec names what to verify the server by, and the URI says that nothing is.
     #[error(
-        "spec.database.tls names a CA or a client certificate, and the connection URI says sslmode=disable: set \
+        "spec.database.tls or the Secret has a CA or a client certificate, and the connection URI says sslmode=disable: set \
          spec.database.tls.mode, which wins over the URI"
     )]
     NamedForNothing,
