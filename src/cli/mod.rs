@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
+use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
@@ -88,8 +89,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let code = if completes {
         runtime.block_on(complete::answer(&command, args.get(1..).unwrap_or_default()))
     } else {
-        let parsed = command.clone().try_get_matches_from(args).and_then(|found| Cli::from_arg_matches(&found));
-        match parsed {
+        match parse(command.clone(), args, called == PLUGIN) {
             Ok(cli) => runtime.block_on(cli.run(command)),
             Err(error) => error.exit(),
         }
@@ -99,14 +99,29 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     code
 }
 
-/// What can be typed. A plugin's help is about the commands that people with a cluster use.
+/// The commands that the plugin does not have: it starts no operator, and prints nothing that is for developers.
+const NOT_PLUGIN: [&str; 3] = ["run", "crd", "reasons"];
+
+/// What can be typed. A plugin has the commands that people with a cluster use.
 fn command(plugin: bool) -> clap::Command {
     let command = Cli::command();
     if plugin {
         let command = command.name(PLUGIN).bin_name("kubectl sweeper");
-        ["run", "crd"].iter().fold(command, |command, name| command.mut_subcommand(name, |hidden| hidden.hide(true)))
+        NOT_PLUGIN.iter().fold(command, |command, name| command.mut_subcommand(name, |hidden| hidden.hide(true)))
     } else {
         command
+    }
+}
+
+/// Parses the command line. The plugin does not know what it does not show.
+fn parse(mut command: clap::Command, args: Vec<OsString>, plugin: bool) -> Result<Cli, clap::Error> {
+    let found = command.try_get_matches_from_mut(args)?;
+    match found.subcommand_name().filter(|name| plugin && NOT_PLUGIN.contains(name)) {
+        Some(name) => {
+            let message = format!("kubectl sweeper has no command {name}; use audit-log-sweeper {name}");
+            Err(command.error(ErrorKind::InvalidSubcommand, message))
+        }
+        None => Cli::from_arg_matches(&found),
     }
 }
 

@@ -4,12 +4,15 @@ mod tasks;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::{ArgAction, Args};
+use kube::Config;
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::choose_proxy;
@@ -29,6 +32,9 @@ pub struct Run {
     /// Work in this namespace only; may be given several times [default: all namespaces]
     #[arg(long = "namespace", value_name = "NAMESPACE", value_parser = label)]
     namespaces: Vec<String>,
+    /// Kubeconfig file [default: KUBECONFIG, or else the pod's service account; never ~/.kube/config]
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
     /// Work on objects with these labels only, such as shard=a: several installs may share a cluster
     #[arg(long)]
     selector: Option<String>,
@@ -150,12 +156,22 @@ pub async fn run(args: Run) -> ExitCode {
     }
 }
 
+/// The cluster that was named, or the one of the pod. Whoever tries the program must not manage a cluster that they did not name.
+async fn cluster(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
+    let named = kubeconfig.map(Kubeconfig::read_from).or_else(|| Kubeconfig::from_env().transpose()).transpose()?;
+    Ok(match named {
+        Some(kubeconfig) => Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?,
+        None => Config::incluster()?,
+    })
+}
+
 async fn operate(args: Run) -> anyhow::Result<()> {
     let (stop, signals) = stop_signal().context("cannot listen for signals")?;
     let default_roots = default_roots()?;
-    let no_cluster = "cannot find a cluster: run in a pod, or set KUBECONFIG to a kubeconfig file";
-    let mut config = kube::Config::infer().await.context(no_cluster)?;
+    let no_cluster = "cannot find a cluster: run in a pod, or name a kubeconfig file with --kubeconfig or KUBECONFIG";
+    let mut config = cluster(args.kubeconfig.as_deref()).await.context(no_cluster)?;
     choose_proxy(&mut config);
+    let cluster = config.cluster_url.to_string();
     let clients = Clients::new(config).context(no_cluster)?;
     let listener = http::listen(args.health_address)
         .with_context(|| format!("cannot listen on {} (--health-address)", args.health_address))?;
@@ -174,6 +190,7 @@ async fn operate(args: Run) -> anyhow::Result<()> {
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         health_address = %listener.local_addr()?,
+        cluster,
         namespaces = if settings.namespaces.is_empty() { "(all)".into() } else { settings.namespaces.join(",") },
         selector = settings.selector,
         lease = leader_elect.then(|| format!("{}/{}", lease.namespace, lease.name)),

@@ -255,6 +255,29 @@ fn a_namespace_that_none_can_be_is_refused_before_anything_is_asked() {
     }
 }
 
+#[tokio::test]
+async fn the_plugin_starts_no_operator_and_an_operator_needs_a_named_cluster() {
+    let operator = Operator::absent().await;
+    for command in ["run", "crd", "reasons"] {
+        let (code, out, err) =
+            ran(operator.plane.kubectl().args(["sweeper", command]).env("PATH", path(&operator.scratch)));
+        assert!(code == 2 && out.is_empty(), "{command}: {code} {out}");
+        let said = format!("kubectl sweeper has no command {command}; use audit-log-sweeper {command}");
+        assert!(err.contains(&said), "{command}: {err}");
+    }
+    let (_, help, _) = ran(operator.plane.kubectl().args(["sweeper", "--help"]).env("PATH", path(&operator.scratch)));
+    assert!(help.contains("  sweep-now ") && !help.contains("  crd ") && !help.contains("  run "), "{help}");
+
+    // A kubeconfig where kubectl looks for it is the one of whoever tries the program.
+    let home = operator.scratch.path().join("home");
+    std::fs::create_dir_all(home.join(".kube")).unwrap();
+    std::fs::copy(operator.plane.kubeconfig(), home.join(".kube/config")).unwrap();
+    let run = ["20", BINARY, "run", "--log-format=text", "--health-address=127.0.0.1:0"];
+    let (code, out, err) = ran(Command::new("timeout").args(run).env_remove("KUBECONFIG").env("HOME", &home));
+    let said = format!("{out}{err}");
+    assert!(code == 1 && said.contains("name a kubeconfig file with --kubeconfig or KUBECONFIG"), "{code} {said}");
+}
+
 #[test]
 fn bash_completes_the_options_of_a_subcommand() {
     let script = r#". <("$0" completions bash)
