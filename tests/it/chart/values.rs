@@ -32,6 +32,7 @@ const MODES: [(&[&str], &[&str]); 9] = [
             "crds.enabled=false",
             "watchNamespaces={NS}",
             "networkPolicy.enabled=true,networkPolicy.databasePorts={5432,6432}",
+            "networkPolicy.databaseCIDRs={10.1.0.0/16,fd00::/8}",
         ],
         &["NetworkPolicy"],
     ),
@@ -56,6 +57,11 @@ const MODES: [(&[&str], &[&str]); 9] = [
             "topologySpreadConstraints[0].maxSkew=1,topologySpreadConstraints[0].topologyKey=zone",
             "topologySpreadConstraints[0].whenUnsatisfiable=DoNotSchedule",
             "podSecurityContext.runAsUser=null,podSecurityContext.runAsGroup=null,resources.limits.cpu=1",
+            "extraContainers[0].name=beside,extraInitContainers[0].name=proxy,extraInitContainers[0].restartPolicy=Always",
+            "extraContainers[0].image=x,extraInitContainers[0].image=x,extraVolumes[0].name=sockets,extraVolumes[0].emptyDir.medium=Memory",
+            "extraVolumeMounts[0].name=sockets,extraVolumeMounts[0].mountPath=/cloudsql",
+            "extraContainers[0].securityContext.allowPrivilegeEscalation=false,extraContainers[0].securityContext.capabilities.drop={ALL}",
+            "extraInitContainers[0].securityContext.allowPrivilegeEscalation=false,extraInitContainers[0].securityContext.capabilities.drop={ALL}",
         ],
         &[],
     ),
@@ -237,8 +243,16 @@ async fn values_reach_what_they_are_for() {
     );
     assert_eq!(of_kind(&objects, "PodDisruptionBudget")["spec"]["maxUnavailable"], 1);
     let objects = mode(4);
-    let ports = of_kind(&objects, "NetworkPolicy")["spec"]["egress"][1]["ports"].as_array().unwrap();
-    assert_eq!(ports.iter().map(|port| port["port"].as_i64().unwrap()).collect::<Vec<_>>(), [443, 6443, 5432, 6432]);
+    let egress = &of_kind(&objects, "NetworkPolicy")["spec"]["egress"];
+    let ports = |rule: &Value| -> Vec<i64> {
+        rule["ports"].as_array().unwrap().iter().map(|port| port["port"].as_i64().unwrap()).collect()
+    };
+    assert_eq!((ports(&egress[1]), &egress[1]["to"]), (vec![443, 6443], &Value::Null));
+    let databases = json!([{ "ipBlock": { "cidr": "10.1.0.0/16" } }, { "ipBlock": { "cidr": "fd00::/8" } }]);
+    assert_eq!((ports(&egress[2]), &egress[2]["to"]), (vec![5432, 6432], &databases));
+    // Anywhere, if nothing is said.
+    let anywhere = mode(3);
+    assert!(of_kind(&anywhere, "NetworkPolicy")["spec"]["egress"][2].get("to").is_none());
 
     let objects = mode(5);
     let (deployment, full) = (of_kind(&objects, "Deployment"), container(&objects));
@@ -264,6 +278,10 @@ async fn values_reach_what_they_are_for() {
     let objects = mode(6);
     let pod = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"];
     assert_eq!(pod["volumes"][0]["secret"]["secretName"], "ca");
+    assert_eq!(pod["volumes"][1], json!({ "name": "sockets", "emptyDir": { "medium": "Memory" } }));
+    let mounts = &container(&objects)["volumeMounts"];
+    assert_eq!((&mounts[0]["name"], &mounts[1]["mountPath"]), (&json!("ca"), &json!("/cloudsql")));
+    assert_eq!((&pod["containers"][1]["name"], &pod["initContainers"][0]["name"]), (&json!("beside"), &json!("proxy")));
     assert_eq!(container(&objects)["env"][3]["value"], "/etc/audit-log-sweeper/ca/roots.pem");
     assert_eq!(pod["topologySpreadConstraints"].as_array().unwrap().len(), 1);
     assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
