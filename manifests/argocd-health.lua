@@ -18,7 +18,9 @@ if ready == nil then
 end
 health.message = ready.reason .. ": " .. (ready.message or "")
 if found.Suspended ~= nil and found.Suspended.status == "True" then
-  health.status = "Suspended"
+  -- Not "Suspended": that would make the whole Application Suspended (argoproj/argo-cd#19126).
+  health.status = "Healthy"
+  health.message = "Suspended: no sweep runs"
 elseif ready.status == "True" then
   health.status = "Healthy"
 elseif ready.status == "False" then

@@ -219,7 +219,7 @@ fn situations() -> Vec<Situation> {
                 "Suspended=True/Suspended",
             ],
             Current,
-            "Suspended",
+            "Healthy",
         ),
         with(
             "an object that cannot be read",
