@@ -86,8 +86,13 @@ pub fn build(source: &Path, name: Option<&str>, platforms: &[Platform], profile:
     let name = name.map_or_else(|| format!("audit-log-sweeper:{VERSION}"), str::to_owned);
     let (_, tag) = name.rsplit_once(':').with_context(|| format!("{name} has no tag: write NAME:TAG"))?;
     let commit = Commit::of(source)?;
-    let host = [Platform::host()];
-    let platforms = if platforms.is_empty() { &host } else { platforms };
+    // In one order, whatever order they are named in.
+    let mut platforms = platforms.to_vec();
+    if platforms.is_empty() {
+        platforms.push(Platform::host());
+    }
+    platforms.sort();
+    platforms.dedup();
     fs::create_dir_all(source.join("target/image"))?;
     let built = platforms.iter().map(|platform| for_platform(source, *platform, profile, &commit));
     let built = built.collect::<anyhow::Result<Vec<_>>>()?;

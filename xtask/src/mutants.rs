@@ -114,6 +114,12 @@ pub fn run() -> anyhow::Result<ExitCode> {
     git(&["fetch", "--quiet", "origin", "HEAD"])?;
     git(&["reset", "--quiet", "--hard", "FETCH_HEAD"])?;
     git(&["clean", "--quiet", "-ffdx"])?;
+    // Whatever fails without a mutant would notice every one.
+    for target in [UNIT, INTEGRATION] {
+        let of_target = MUTANTS.iter().filter(|mutant| mutant.target == target);
+        let tests: Vec<&str> = of_target.flat_map(|mutant| mutant.tests).copied().collect();
+        ensure!(passes(&copy, target, &tests)?, "some of {tests:?} fail without any mutant");
+    }
     let mut missed = 0;
     for mutant in &MUTANTS {
         let started = Instant::now();
@@ -125,7 +131,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
             broken = broken.replace(from, to);
         }
         fs::write(&path, &broken)?;
-        let noticed = !passes(&copy, mutant)?;
+        let noticed = !passes(&copy, mutant.target, mutant.tests)?;
         fs::write(&path, &code)?;
         missed += usize::from(!noticed);
         let verdict = if noticed { "noticed" } else { "MISSED" };
@@ -135,17 +141,19 @@ pub fn run() -> anyhow::Result<ExitCode> {
 }
 
 /// Whether the tests pass on the copy. A mutant that does not compile is no mutant.
-fn passes(copy: &Path, mutant: &Mutant) -> anyhow::Result<bool> {
+fn passes(copy: &Path, target: &[&str], tests: &[&str]) -> anyhow::Result<bool> {
     let cargo = |rest: &[&str]| {
         let mut cargo = Command::new("cargo");
         cargo.current_dir(copy).env("CARGO_TARGET_DIR", root().join("target"));
-        cargo.args(["test", "--locked", "--workspace", "--no-fail-fast"]).args(mutant.target).args(rest);
+        cargo.args(["test", "--locked", "--workspace", "--no-fail-fast"]).args(target).args(rest);
         cargo
     };
     output(&mut cargo(&["--quiet", "--no-run"]))?;
-    let run = cargo(&["--"]).args(mutant.tests).output().context("cargo cannot be started")?;
+    let run = cargo(&["--"]).args(tests).output().context("cargo cannot be started")?;
+    let said = String::from_utf8_lossy(&run.stdout);
     // A name that no test has would pass.
-    let ran = String::from_utf8_lossy(&run.stdout).matches("\ntest ").count();
-    ensure!(ran >= mutant.tests.len(), "{ran} tests ran for {:?}", mutant.tests);
+    let ran = said.matches("\ntest ").count();
+    ensure!(ran >= tests.len(), "{ran} tests ran for {:?}", tests);
+    ensure!(run.status.success() || said.contains(" ... FAILED"), "no test of {:?} came to an end", tests);
     Ok(run.status.success())
 }

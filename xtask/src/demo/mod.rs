@@ -165,11 +165,12 @@ impl Demo<'_> {
             screen.command(format!("audit-log-sweeper {command} -f by-hand.yaml {}", more.join(" ")).trim_end());
             output(Command::new(first).args(rest).args([command, "-f"]).arg(&file).args(more))
         };
+        screen.say("by-hand.yaml holds the object and its Secrets.");
         screen.say(&run("check", &[])?);
         let swept: Value = serde_json::from_str(&run("sweep", &["--output", "json"])?)?;
         ensure!(swept["timedOut"] == BY_HAND, "expected {BY_HAND} rows, found {swept:#}");
         table.check_late(screen, BY_HAND).await?;
-        output(self.control_plane.kubectl().args(patch).arg(suspend(false)))?;
+        screen.run(&mut self.control_plane.kubectl(), &[&patch[..], &[&suspend(false)]].concat())?;
         Ok(())
     }
 

@@ -33,8 +33,9 @@ impl Screen {
     pub fn run(&self, program: &mut Command, arguments: &[&str]) -> anyhow::Result<String> {
         let name = program.get_program().to_owned();
         let name = std::path::Path::new(&name).file_name().unwrap_or(&name).display().to_string();
-        let words =
-            arguments.iter().map(|word| if word.contains(' ') { format!(" '{word}'") } else { format!(" {word}") });
+        let words = arguments
+            .iter()
+            .map(|word| if word.contains([' ', '{']) { format!(" '{word}'") } else { format!(" {word}") });
         self.command(&format!("{name}{}", words.collect::<String>()));
         output(program.args(arguments))
     }

@@ -50,7 +50,10 @@ fn same_elsewhere(image: &Image, profile: &str) -> anyhow::Result<()> {
 /// Starts the image's binary against a real API server that has the CRD.
 async fn ready_in_time(image: &Image) -> anyhow::Result<()> {
     let runs_here = image.built.iter().find(|part| part.platform == Platform::host());
-    let Some(ForPlatform { binary, .. }) = runs_here else { return Ok(()) };
+    let Some(ForPlatform { binary, .. }) = runs_here else {
+        println!("NOT RUN ready in time: the image is not for this machine");
+        return Ok(());
+    };
     let plane = ControlPlane::start(&Tools::ensure()?).await?;
     output(plane.kubectl().args(["create", "-f"]).arg(root().join(crate::generate::CRD[0])))?;
     output(plane.kubectl().args(["wait", "crd", "--all", "--for=condition=Established", "--timeout=30s"]))?;

@@ -11,7 +11,7 @@ use support::progress;
 use support::prometheus::installed;
 
 /// A platform, by the name that registries and `docker build --platform` have for it.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, ValueEnum)]
 pub enum Platform {
     #[value(name = "linux/amd64")]
     Amd64,
@@ -59,7 +59,8 @@ impl Platform {
         std::io::Write::write_all(&mut input, b"__GLIBC__ __GLIBC_MINOR__\n")?;
         drop(input);
         let answer = String::from_utf8(preprocess.wait_with_output()?.stdout)?;
-        let (major, minor) = answer.lines().last().and_then(|line| line.split_once(' ')).context("glibc is needed")?;
+        let version = answer.lines().last().and_then(|line| line.split_once(' '));
+        let (major, minor) = version.with_context(|| self.missing())?;
         Ok(format!("{major}.{minor}"))
     }
 
@@ -70,7 +71,7 @@ impl Platform {
             Self::Amd64 => "gcc-x86-64-linux-gnu libc6-dev-amd64-cross",
             Self::Arm64 => "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
         };
-        format!("there is no {} (Debian and Ubuntu: `apt-get install {packages}`)", self.compiler())
+        format!("there is no {} with glibc (Debian and Ubuntu: `apt-get install {packages}`)", self.compiler())
     }
 
     /// How to run a static binary for it, which is built here: the words of the command line.
