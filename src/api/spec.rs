@@ -115,7 +115,7 @@ pub struct AuditLogSweeperSpec {
     pub complete: Vec<Completion>,
 
     /// How often to sweep: from 5s to 8760h. Each object has its own fixed grid of times, so many sweepers do not start together
-    /// and a restart changes nothing. The first slot comes after half to one and a half periods.
+    /// and a restart changes nothing. A new object is swept at once. Its next slot follows after half to one and a half periods.
     #[serde(default = "default_period")]
     #[x_kube(validation = between("5s", "8760h"))]
     pub period: Duration,
@@ -194,8 +194,8 @@ pub struct SecretKeyRef {
     pub name: String,
 
     /// The key that holds the connection URI. Absent: `fqdn-uri`, or else `uri`. If neither exists, the operator
-    /// builds the URI from `host`, `port`, `dbname`, `user` (or `username`) and `password`, as in the Secrets of CloudNativePG and
-    /// Crunchy Postgres.
+    /// builds the URI from `host`, `port`, `dbname` (or `database`), `user` (or `username`) and `password`, as in the Secrets of
+    /// CloudNativePG, Crunchy Postgres and the Service Binding specification. With a client certificate, it needs no password.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub key: Option<String>,
@@ -213,8 +213,8 @@ pub struct Tls {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<TlsMode>,
 
-    /// Secret in this namespace that holds the CA to trust, as PEM. Absent: the public CAs. With a CA, mode Require means
-    /// VerifyCA.
+    /// Secret in this namespace that holds the CA to trust, as PEM. Absent: the key `certificates` of the Secret with the URI, or else
+    /// the public CAs. With a CA, mode Require means VerifyCA.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_secret_ref: Option<CaSecretRef>,
 
