@@ -96,26 +96,23 @@ impl Credentials {
             data(name).get(key).map(|value| value.0.clone()).ok_or_else(|| missing(data(name), name, key))
         };
         let SecretKeyRef { name, key } = &database.secret_ref;
-        let has_client = encrypted(database).is_some_and(|tls| tls.client_cert_secret_ref.is_some());
-        let uri = uri.map_or_else(|| self::uri(data(name), namespace, name, key.as_deref(), has_client), Ok)?;
-        let mut credentials = Self::new(uri);
-        if database.tls.as_ref().is_none_or(|tls| tls.mode != Some(TlsMode::Disable)) {
-            let bound = data(name).get(BINDING_CA_KEY).map(|value| value.0.clone());
-            credentials.ca = bound.filter(|pem| !pem.is_empty());
-        }
-        if let Some(tls) = encrypted(database) {
-            let named = tls.ca_secret_ref.as_ref().map(|ca| binary(&ca.name, CA_KEY)).transpose()?;
-            credentials.ca = named.or(credentials.ca);
-            let [certificate, key] = CLIENT_KEYS;
-            credentials.client = match &tls.client_cert_secret_ref {
-                None => None,
-                Some(client) => Some(ClientCertificate {
-                    certificate: binary(&client.name, certificate)?,
-                    key: binary(&client.name, key)?,
-                }),
-            };
-        }
-        Ok(credentials)
+        let tls = encrypted(database);
+        let client = tls.and_then(|tls| tls.client_cert_secret_ref.as_ref());
+        let uri = uri.map_or_else(|| self::uri(data(name), namespace, name, key.as_deref(), client.is_some()), Ok)?;
+        let ca = match tls.and_then(|tls| tls.ca_secret_ref.as_ref()) {
+            Some(ca) => Some(binary(&ca.name, CA_KEY)?),
+            None if is_plain(database) => None,
+            None => data(name).get(BINDING_CA_KEY).map(|pem| pem.0.clone()).filter(|pem| !pem.is_empty()),
+        };
+        let [certificate, key] = CLIENT_KEYS;
+        let client = match client {
+            None => None,
+            Some(client) => Some(ClientCertificate {
+                certificate: binary(&client.name, certificate)?,
+                key: binary(&client.name, key)?,
+            }),
+        };
+        Ok(Self { uri, ca, client })
     }
 }
 
@@ -136,7 +133,12 @@ pub fn names(database: &Database) -> Vec<&str> {
 
 /// The spec's TLS, where it does not say to do without.
 fn encrypted(database: &Database) -> Option<&Tls> {
-    database.tls.as_ref().filter(|tls| tls.mode != Some(TlsMode::Disable))
+    database.tls.as_ref().filter(|_| !is_plain(database))
+}
+
+/// Whether the spec says to do without TLS.
+fn is_plain(database: &Database) -> bool {
+    database.tls.as_ref().is_some_and(|tls| tls.mode == Some(TlsMode::Disable))
 }
 
 /// A Secret that is there and does not hold what is needed.

@@ -74,7 +74,7 @@ async fn fetch(args: &Check, name: &str) -> Result<Input, ExitCode> {
             };
             let (subject, fix) = (Subject::Connection, Some(Fix::Field(field.into())));
             let finding = Finding { subject, severity: Severity::Blocking, reason, message, fix };
-            // No sweep is near, so its mode is not told.
+            // It blocks every sweep, so nothing is said about the first one.
             report(args.source.output, &early(finding), Mode::default());
             Err(ExitCode::from(1))
         }

@@ -156,7 +156,7 @@ pub async fn run(args: Run) -> ExitCode {
     }
 }
 
-/// The cluster that was named, or the one of the pod. Whoever tries the program must not manage a cluster that they did not name.
+/// The cluster that was named, or the one of the pod. Nobody should manage a cluster that they did not name.
 async fn cluster(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
     let named = kubeconfig.map(Kubeconfig::read_from).or_else(|| Kubeconfig::from_env().transpose()).transpose()?;
     Ok(match named {
@@ -171,7 +171,8 @@ async fn operate(args: Run) -> anyhow::Result<()> {
     let no_cluster = "cannot find a cluster: run in a pod, or name a kubeconfig file with --kubeconfig or KUBECONFIG";
     let mut config = cluster(args.kubeconfig.as_deref()).await.context(no_cluster)?;
     choose_proxy(&mut config);
-    let cluster = config.cluster_url.to_string();
+    // The host alone: a kubeconfig may hold a login in its URL.
+    let cluster = config.cluster_url.host().unwrap_or_default().to_owned();
     let clients = Clients::new(config).context(no_cluster)?;
     let listener = http::listen(args.health_address)
         .with_context(|| format!("cannot listen on {} (--health-address)", args.health_address))?;

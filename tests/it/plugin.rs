@@ -268,7 +268,7 @@ async fn the_plugin_starts_no_operator_and_an_operator_needs_a_named_cluster() {
     let (_, help, _) = ran(operator.plane.kubectl().args(["sweeper", "--help"]).env("PATH", path(&operator.scratch)));
     assert!(help.contains("  sweep-now ") && !help.contains("  crd ") && !help.contains("  run "), "{help}");
 
-    // A kubeconfig where kubectl looks for it is the one of whoever tries the program.
+    // The kubeconfig that kubectl finds by itself was not named.
     let home = operator.scratch.path().join("home");
     std::fs::create_dir_all(home.join(".kube")).unwrap();
     std::fs::copy(operator.plane.kubeconfig(), home.join(".kube/config")).unwrap();

@@ -11,9 +11,9 @@ use std::thread;
 use std::time::Instant;
 use support::build::cargo;
 use support::postgres::Binaries;
-use support::process::output;
+use support::process::{installed, output};
 use support::tools::Tools;
-use support::{bouncer, progress, prometheus};
+use support::{bouncer, progress};
 
 /// What to run.
 pub struct Options<'a> {
@@ -96,7 +96,7 @@ fn lanes(options: &Options, skips: &[&'static str]) -> anyhow::Result<Vec<Lane>>
 
 /// Tests that cannot run here. What is not everywhere is left out aloud, and not counted as passed.
 fn skips(options: &Options) -> anyhow::Result<Vec<&'static str>> {
-    let there = |programs: &[&str]| programs.iter().all(|program| prometheus::installed(program).is_some());
+    let there = |programs: &[&str]| programs.iter().all(|program| installed(program).is_some());
     let bouncer = bouncer::installed().is_some();
     ensure!(
         bouncer || !options.pgbouncer,

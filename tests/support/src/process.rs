@@ -82,6 +82,12 @@ pub struct Program {
     pub ours: bool,
 }
 
+/// Where a program is on the PATH, if it is installed.
+pub fn installed(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|folder| folder.join(program)).find(|program| program.is_file())
+}
+
 impl Program {
     /// The program that is tested.
     pub fn ours(name: &str, path: impl Into<PathBuf>) -> Program {

@@ -1,6 +1,6 @@
 //! A real Prometheus that scrapes what a test gives it, and its promtool, where they are installed.
 
-use crate::process::{Process, Program, output};
+use crate::process::{Process, Program, installed, output};
 use crate::scratch::Scratch;
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -10,12 +10,6 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-
-/// Where a program of its is installed, if it is.
-pub fn installed(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).map(|folder| folder.join(program)).find(|program| program.is_file())
-}
 
 fn needed(program: &str) -> anyhow::Result<PathBuf> {
     installed(program).with_context(|| format!("{program} is needed (Debian and Ubuntu: `apt-get install prometheus`)"))

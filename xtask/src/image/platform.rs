@@ -4,11 +4,10 @@ use anyhow::{Context, ensure};
 use clap::ValueEnum;
 use std::env::consts::ARCH;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use support::build::{Built, cargo, compile, root};
-use support::process::output;
+use support::process::{installed, output};
 use support::progress;
-use support::prometheus::installed;
 
 /// A platform, by the name that registries and `docker build --platform` have for it.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, ValueEnum)]
@@ -52,14 +51,11 @@ impl Platform {
 
     /// The version of the C library that a static binary gets.
     pub fn glibc(self) -> anyhow::Result<String> {
-        let mut preprocess = Command::new(self.compiler());
-        preprocess.args(["-E", "-P", "-include", "features.h", "-x", "c", "/dev/stdin"]).stdin(Stdio::piped());
-        let mut preprocess = preprocess.stdout(Stdio::piped()).spawn().with_context(|| self.missing())?;
-        let mut input = preprocess.stdin.take().context("it is piped")?;
-        std::io::Write::write_all(&mut input, b"__GLIBC__ __GLIBC_MINOR__\n")?;
-        drop(input);
-        let answer = String::from_utf8(preprocess.wait_with_output()?.stdout)?;
-        let version = answer.lines().last().and_then(|line| line.split_once(' '));
+        let mut macros = Command::new(self.compiler());
+        macros.args(["-E", "-dM", "-include", "features.h", "-x", "c", "/dev/null"]);
+        let macros = output(&mut macros).with_context(|| self.missing())?;
+        let value = |name: &str| macros.lines().find_map(|line| line.strip_prefix(&format!("#define {name} ")));
+        let version = value("__GLIBC__").zip(value("__GLIBC_MINOR__"));
         let (major, minor) = version.with_context(|| self.missing())?;
         Ok(format!("{major}.{minor}"))
     }
